@@ -1,0 +1,340 @@
+"""The LightningDataModule: shards in, batches of uint8 images out, resumable at any step on any number of processes.
+
+The whole run is one Lightning epoch over a stream of micro-batches; epochs are counted by `EpochOrder`. That is what makes a
+resume exact: the position of the stream is the number of samples that the training loop consumed, and nothing else.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from maepretrain.data.images import UNIFORMS, Augment, CentreCrop, decode
+from maepretrain.data.order import EpochOrder
+from maepretrain.data.shards import Columns, Shard, open_shards, summary
+from maepretrain.data.store import LocalStore
+from maepretrain.randomness import uniform
+
+Batch = dict[str, Tensor]
+
+
+class ShardIndex:
+    """All samples of the shards, addressed by (shard, member) or by one number; columns are read when first needed.
+
+    Args:
+        shards: the shards in the order of their patterns.
+        chosen: int64 numbers of the samples to keep (a labelled fraction, say); None keeps all.
+    """
+
+    def __init__(self, shards: list[Shard], chosen: Int64[Tensor, "n"] | None = None) -> None:
+        self.shards = shards
+        self._columns: dict[int, Columns] = {}
+        counts = torch.tensor([shard.samples for shard in shards], dtype=torch.int64)
+        self._kept: list[Tensor] | None = None
+        if chosen is not None:
+            ends = counts.cumsum(0)
+            shard = torch.searchsorted(ends, chosen, right=True)
+            self._kept = [chosen[shard == s] - (ends[s] - counts[s]) for s in range(len(shards))]
+            counts = torch.tensor([len(kept) for kept in self._kept], dtype=torch.int64)
+        self.counts = counts
+        self._ends = counts.cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def columns(self, shard: int) -> Columns:
+        if shard not in self._columns:
+            self._columns[shard] = self.shards[shard].columns()
+        return self._columns[shard]
+
+    def member(self, shard: int, member: int) -> int:
+        """The member's row in the columns of its shard."""
+        return member if self._kept is None else int(self._kept[shard][member])
+
+    def place(self, number: Int64[Tensor, "n"]) -> tuple[Tensor, Tensor]:
+        """(shard, member) of samples numbered through all shards."""
+        shard = torch.searchsorted(self._ends, number, right=True)
+        return shard, number - (self._ends - self.counts)[shard]
+
+    def labels(self) -> Int64[Tensor, "n"]:
+        """The label of every sample in order, -1 where there is none."""
+        labels = []
+        for s, count in enumerate(self.counts.tolist()):
+            column = torch.from_numpy(self.columns(s).label.astype("int64"))
+            labels.append(column if self._kept is None else column[self._kept[s]])
+            assert len(labels[-1]) == count
+        return torch.cat(labels)
+
+
+class Samples(Dataset[Batch]):
+    """Position -> sample. With an order, positions of the run and random crops; without, plain numbers and centre crops."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        channels: int,
+        augment: Augment | CentreCrop,
+        order: EpochOrder | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.index, self.channels, self.augment = index, channels, augment
+        self.order, self.seed = order, seed
+        self.store = LocalStore()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, position: int) -> Batch:
+        return {name: value[0] for name, value in self.__getitems__([position]).items()}
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        """A whole batch: `input` uint8 (b, c, h, w), `position` int64 (b,), `label` int64 (b,), -1 without one."""
+        position = torch.tensor(positions, dtype=torch.int64)
+        locate = self.index.place if self.order is None else self.order.locate
+        shard, member = locate(position)
+        u = uniform(self.seed, "crop", position, UNIFORMS)
+        images, labels = [], []
+        for i, (s, m) in enumerate(zip(shard.tolist(), member.tolist(), strict=True)):
+            columns, row = self.index.columns(s), self.index.member(s, m)
+            path = self.index.shards[s].path
+            data = self.store.read(path, int(columns.offset[row]), int(columns.size[row]))
+            try:
+                image = decode(data, self.channels)
+            except ValueError as error:
+                raise ValueError(f"{path}, sample {columns.keys[row]}: {error}") from error
+            augment = self.augment
+            images.append(augment(image, u[i]) if isinstance(augment, Augment) else augment(image))
+            labels.append(int(columns.label[row]))
+        return {"input": torch.stack(images), "position": position, "label": torch.tensor(labels)}
+
+    def keys(self, positions: list[int]) -> list[str]:
+        """The sample keys at these positions."""
+        locate = self.index.place if self.order is None else self.order.locate
+        shard, member = locate(torch.tensor(positions, dtype=torch.int64))
+        pairs = zip(shard.tolist(), member.tolist(), strict=True)
+        return [self.index.columns(s).keys[self.index.member(s, m)] for s, m in pairs]
+
+
+class Stream(Sampler[list[int]]):
+    """The micro-batches of one rank for the whole run, from the sample `start` on.
+
+    Global step g holds positions g*B .. (g+1)*B - 1. Rank r owns the r-th of W equal parts of it, and its micro-batch m the m-th
+    of A equal parts of that, so world size and accumulation change who reads what and never what a step reads.
+    """
+
+    def __init__(
+        self, global_batch: int, steps: int, world_size: int, rank: int, accumulation: int
+    ) -> None:
+        if global_batch % (world_size * accumulation):
+            raise ValueError(
+                f"batch {global_batch} is not divisible by {world_size} processes x {accumulation} "
+                f"accumulation steps"
+            )
+        self.global_batch, self.steps = global_batch, steps
+        self.world_size, self.rank, self.accumulation = world_size, rank, accumulation
+        self.start = 0
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples in one forward pass of one process."""
+        return self.global_batch // (self.world_size * self.accumulation)
+
+    def __len__(self) -> int:
+        # The whole run, also after a resume: Lightning compares it with the batches done in all.
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.start * self.accumulation // self.global_batch
+        for micro_step in range(first, len(self)):
+            step, m = divmod(micro_step, self.accumulation)
+            begin = (
+                step * self.global_batch + (self.rank * self.accumulation + m) * self.micro_batch
+            )
+            yield list(range(begin, begin + self.micro_batch))
+
+
+class Numbered(Sampler[list[int]]):
+    """Validation: samples 0..n-1 in order, an equal number of batches on every rank.
+
+    What is left when n is no multiple of the world size (fewer samples than processes) is left out; `dropped` says how many.
+    """
+
+    def __init__(self, samples: int, batch: int, world_size: int = 1, rank: int = 0) -> None:
+        self.per_rank, self.dropped = divmod(samples, world_size)
+        self.batch, self.rank = batch, rank
+
+    def __len__(self) -> int:
+        return -(-self.per_rank // self.batch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        begin = self.rank * self.per_rank
+        for i in range(0, self.per_rank, self.batch):
+            yield list(range(begin + i, begin + min(i + self.batch, self.per_rank)))
+
+
+def _as_batch(batch: Batch) -> Batch:
+    return batch
+
+
+class ShardData(L.LightningDataModule):
+    """Images from WebDataset shards for training and validation.
+
+    Args:
+        train: shard patterns: braces (`a-{000..011}.tar`), globs, files; one or a list.
+        val: patterns of held-out shards, or null for no validation.
+        global_batch: samples per optimizer step over all processes and accumulated micro-batches.
+        image_size: side of the square images given to the model, or [height, width].
+        channels: 1 (gray) or 3 (RGB).
+        scale: area of the random crop as a share of the image; null resizes the whole image.
+        ratio: aspect ratio of the random crop.
+        flip: probability of a horizontal flip.
+        val_share: side of the centre crop in validation as a share of the image's fitting side.
+        mean: per channel, of pixels in 0..1, subtracted on the device.
+        std: per channel, of pixels in 0..1, divided by on the device.
+        seed: seed of order and crops.
+        lanes: equal sample ranges read side by side; must divide global_batch. Default gcd(global_batch, 16).
+        block: samples shuffled together inside a lane.
+        tail: "drop" leaves out what is no whole batch at an epoch's end, "pad" repeats samples.
+        num_workers: loader processes per rank; 0 loads in the training process.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str],
+        val: str | list[str] | None = None,
+        global_batch: int = 256,
+        image_size: int | tuple[int, int] = 224,
+        channels: int = 3,
+        scale: tuple[float, float] | None = (0.2, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        val_share: float = 0.875,
+        mean: tuple[float, ...] = (0.485, 0.456, 0.406),
+        std: tuple[float, ...] = (0.229, 0.224, 0.225),
+        seed: int = 0,
+        lanes: int | None = None,
+        block: int = 8192,
+        tail: Literal["drop", "pad"] = "drop",
+        num_workers: int = 1,
+    ) -> None:
+        super().__init__()
+        if len(mean) != channels or len(std) != channels:
+            raise ValueError(
+                f"mean {mean} and std {std} need one value for each of {channels} channels"
+            )
+        self.channels, self.mean, self.std, self.seed = channels, mean, std, seed
+        self.num_workers, self.global_batch = num_workers, global_batch
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.augment = Augment(height, width, scale, ratio, flip)
+        self.centre_crop = CentreCrop(height, width, val_share)
+        self.index = ShardIndex(open_shards(train, max(1, num_workers)))
+        self.val_index = ShardIndex(open_shards(val, max(1, num_workers))) if val else None
+        self._order_arguments = (seed, lanes, block, tail)
+        self.order = self._make_order()
+        self.stream: Stream | None = None
+        self._resume_from = 0
+
+    def _make_order(self) -> EpochOrder:
+        seed, lanes, block, tail = self._order_arguments
+        return EpochOrder(self.index.counts, self.global_batch, seed, lanes, block, tail)
+
+    def choose(self, chosen: Int64[Tensor, "n"]) -> None:
+        """Train on these samples only (numbered through all training shards)."""
+        self.index = ShardIndex(self.index.shards, chosen)
+        self.order = self._make_order()
+
+    def plan(self, steps: int, world_size: int, accumulation: int) -> None:
+        """Fix the length of the run and check that the processes divide the batch."""
+        self.stream = Stream(self.global_batch, steps, world_size, 0, accumulation)
+
+    def describe(self) -> str:
+        """What is read, and what an epoch leaves out or repeats."""
+        line = summary(self.index.shards)
+        if len(self.index) != sum(shard.samples for shard in self.index.shards):
+            line += f", {len(self.index):,} chosen"
+        left = self.order.left_over
+        if left > 0:
+            line += f"; {left} left out of each epoch (no whole batch)"
+        return line + (
+            f"; {-left} repeated in each epoch to fill the last batch" if left < 0 else ""
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        assert self.stream is not None, "plan() comes first"
+        self.stream.rank = self.trainer.global_rank if self.trainer else 0
+        self.stream.start = self._resume_from
+        samples = Samples(self.index, self.channels, self.augment, self.order, self.seed)
+        return self._loader(samples, self.stream, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        if self.val_index is None or self.stream is None:
+            return []
+        trainer = self.trainer
+        world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        batches = Numbered(len(self.val_index), self.stream.micro_batch, world_size, rank)
+        return self._loader(self.evaluation(self.val_index), batches, min(1, self.num_workers))
+
+    def evaluation(self, index: ShardIndex) -> Samples:
+        """Samples of an index as evaluation sees them: in order, centre-cropped."""
+        return Samples(index, self.channels, self.centre_crop, seed=self.seed)
+
+    def _loader(
+        self, samples: Samples, batches: Sampler[list[int]], workers: int
+    ) -> DataLoader[Batch]:
+        return DataLoader(
+            samples,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=cast(Any, _as_batch),
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            worker_init_fn=_quiet_worker,
+            generator=torch.Generator().manual_seed(0),  # leaves the global generator alone
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for the stream to go on as if never stopped."""
+        seed, _, block, tail = self._order_arguments
+        return {
+            "global_batch": self.global_batch,
+            "samples": len(self.index),
+            "shards": len(self.index.shards),
+            "seed": seed,
+            "lanes": self.order.lanes,
+            "block": block,
+            "tail": tail,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Samples that the training loop consumed ("processed", not what workers prefetched), and what they depend on."""
+        assert self.trainer is not None and self.stream is not None
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return {
+            "consumed": done * self.stream.micro_batch * self.stream.world_size
+        } | self._identity()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the consumed samples.
+
+        Raises:
+            ValueError: the stream would not be the one that was stopped.
+        """
+        for name, now in self._identity().items():
+            if state_dict[name] != now:
+                raise ValueError(
+                    f"cannot resume: data {name} was {state_dict[name]} and is now {now}, which would change "
+                    f"the order of samples; start a new run instead"
+                )
+        self._resume_from = state_dict["consumed"]
+
+
+def _quiet_worker(_: int) -> None:
+    """Ctrl-C reaches the whole process group: the training process decides when workers end."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

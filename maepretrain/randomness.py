@@ -1,11 +1,13 @@
 """Random numbers that are a pure function of where they are used.
 
-Order, crops and masks must not depend on rank, worker, device or time, so none of them draws from a stateful generator: each
-is a hash of (seed, stream, position). The hash is SplitMix64 (Steele, Lea and Flood 2014), written in int64 tensor operations
-that wrap, so that CPU and GPU agree bit for bit. Nothing here may change between releases: a resume relies on it.
+Order, crops and masks must not depend on rank, worker, device or time, so none of them draws from a
+stateful generator: each is a hash of (seed, stream, position). The hash is SplitMix64 (Steele, Lea
+and Flood 2014), written in int64 tensor operations that wrap, so that CPU and GPU agree bit for
+bit. Nothing here may change between releases: a resume relies on it.
 """
 
 import zlib
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int64
@@ -35,21 +37,28 @@ def mix(x: Int64[Tensor, "*n"]) -> Int64[Tensor, "*n"]:
     return x ^ _shift_right(x, 31)
 
 
+@lru_cache(256)
 def key(seed: int, stream: str, *place: int) -> int:
-    """A 64-bit key for one stream of numbers ("mask", "crop", ...) at one place (epoch, lane, ...)."""
-    hashed = torch.tensor(seed)
+    """A 64-bit key for one stream of numbers ("mask", "crop", ...) at one place (epoch, ...)."""
+    hashed = torch.tensor(_signed(seed % (1 << 64)), device="cpu")
     for word in (zlib.crc32(stream.encode()), *place):
         hashed = mix(hashed ^ word)
     return int(hashed)
 
 
 def uniform(seed: int, stream: str, position: Int64[Tensor, "b"], n: int) -> Float[Tensor, "b n"]:
-    """`n` float32 numbers in [0, 1) for each sample, from (seed, stream, position) alone, on the device of `position`."""
+    """`n` float32 numbers in [0, 1) for each sample, on the device of `position`.
+
+    From (seed, stream, position) alone.
+    """
     sample = mix(position ^ key(seed, stream))[:, None]
     bits = mix(sample + torch.arange(n, device=position.device))
     return _shift_right(bits, 40).float() * 2.0**-24
 
 
 def permutation(seed: int, stream: str, n: int, *place: int) -> Int64[Tensor, "n"]:
-    """A permutation of 0..n-1 from (seed, stream, place) alone: the order of the hashes of 0..n-1."""
-    return torch.argsort(mix(torch.arange(n) ^ key(seed, stream, *place)), stable=True)
+    """A permutation of 0..n-1 from (seed, stream, place) alone.
+
+    The order of the hashes of 0..n-1, of which no two are equal: the hash is one to one.
+    """
+    return torch.argsort(mix(torch.arange(n, device="cpu") ^ key(seed, stream, *place)))

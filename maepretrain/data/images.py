@@ -1,53 +1,70 @@
-"""Pixels: decode to uint8, crop and resize with antialiased bicubic, flip. All choices come from given uniform numbers."""
+"""Pixels: decode to uint8, crop and resize with antialiased bicubic, flip.
+
+All choices come from given uniform numbers.
+"""
 
 import io
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torchvision.io  # noqa: F401  registers torch.ops.image
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.io import ImageReadMode, decode_image
 
-# RandomResizedCrop tries this often to fit a crop into the image before it falls back to a centre crop.
+# RandomResizedCrop tries this often to fit a crop into the image before it takes one at the centre.
 ATTEMPTS = 10
 UNIFORMS = 4 * ATTEMPTS + 1
+
+# torchvision reads JPEG in 2/3 of PIL's time. Its operator is called without the Python wrapper,
+# which warns that it will be removed one day: PIL then reads JPEG too, as it does all else.
+# NOTE: torchvision's PNG reader (0.29.1) ends the process (SIGSEGV) on most damaged files.
+_FAST = getattr(torch.ops.image, "decode_image", None)
+_JPEG = b"\xff\xd8\xff"
 
 
 def decode(data: bytes, channels: int) -> UInt8[Tensor, "c h w"]:
     """Decode an encoded image to uint8 with 1 (gray) or 3 (RGB) channels.
 
-    torchvision reads JPEG and PNG; PIL reads the rest (CMYK, 16-bit, WebP, ...).
+    Alpha is dropped, 16-bit gray keeps its high byte, an orientation tag is ignored.
 
     Raises:
         ValueError: bytes that are no image, or another number of channels.
     """
     if channels not in (1, 3):
         raise ValueError(f"images decode to 1 or 3 channels, not {channels}")
-    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-    try:
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
-        if image.dtype == torch.uint8:
-            return image
-    except RuntimeError:
-        pass
+    if _FAST is not None and data.startswith(_JPEG):
+        with suppress(RuntimeError):  # its numbers for gray and RGB are 1 and 3 too
+            return _FAST(torch.frombuffer(bytearray(data), dtype=torch.uint8), channels, False)
     return _decode_with_pil(data, channels)
 
 
 def _decode_with_pil(data: bytes, channels: int) -> UInt8[Tensor, "c h w"]:
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if (
-                image.mode.startswith("I;16") or image.mode == "I"
-            ):  # 16-bit gray, which convert() clips
-                image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).astype(np.uint8))
-            array = np.array(image.convert("L" if channels == 1 else "RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot decode the image: {error}") from error
+            array = np.array(eight_bit(image).convert("L" if channels == 1 else "RGB"))
+    except Exception as error:  # PIL's readers raise anything on damaged bytes
+        message = str(error).partition(" <_io.BytesIO")[0]  # PIL names the buffer, by its address
+        raise ValueError(f"cannot decode the image: {message}") from error
     return torch.from_numpy(array).reshape(*array.shape[:2], channels).permute(2, 0, 1)
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """The image, or the high bytes of 16-bit gray, which PIL's convert() may clip to white.
+
+    Raises:
+        ValueError: float or 32-bit pixels, whose black and white nobody knows.
+    """
+    if image.mode != "I" and not image.mode.startswith(("I;16", "F")):
+        return image
+    pixels = np.asarray(image)
+    if image.mode.startswith("F") or pixels.min() < 0 or pixels.max() > 0xFFFF:
+        raise ValueError(f"pixels of mode {image.mode} are not in the range of 8 or 16 bits")
+    return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -57,9 +74,12 @@ class Augment:
     Args:
         height: output rows.
         width: output columns.
-        scale: area of the crop as a share of the image, drawn uniformly; None resizes the whole image.
+        scale: area of the crop as a share of the image, drawn uniformly; None takes all of it.
         ratio: aspect ratio of the crop, drawn log-uniformly.
         flip: probability of a horizontal flip.
+
+    Raises:
+        ValueError: a share, ratio or probability out of range.
     """
 
     height: int
@@ -68,19 +88,29 @@ class Augment:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
 
+    def __post_init__(self) -> None:
+        _check_size(self.height, self.width)
+        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale {self.scale} must be two shares with 0 < low <= high <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio {self.ratio} must be two numbers with 0 < low <= high")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip {self.flip} must be a probability, 0 to 1")
+
     def __call__(
         self, image: UInt8[Tensor, "c h w"], u: Float[Tensor, "u"]
     ) -> UInt8[Tensor, "c h2 w2"]:
         """The augmented image; `u` holds the uniform numbers that decide."""
-        if self.scale is not None:
-            top, left, height, width = self._box(image.shape[1], image.shape[2], u.tolist())
-            image = image[:, top : top + height, left : left + width]
+        numbers = u.tolist()
+        top, left, height, width = self.box(image.shape[1], image.shape[2], numbers)
+        image = image[:, top : top + height, left : left + width]
         image = resize(image, self.height, self.width)
-        return image.flip(2) if self.flip and float(u[-1]) < self.flip else image
+        return image.flip(2) if numbers[-1] < self.flip else image
 
-    def _box(self, h: int, w: int, u: list[float]) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of the crop: the first of ten tries that fits, else the centre."""
-        assert self.scale is not None
+    def box(self, h: int, w: int, u: list[float]) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of the crop: the first try that fits, or the centre."""
+        if self.scale is None:
+            return 0, 0, h, w
         low, high = (math.log(r) for r in self.ratio)
         for i in range(0, 4 * ATTEMPTS, 4):
             area = h * w * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[i])
@@ -89,30 +119,45 @@ class Augment:
             if 0 < width <= w and 0 < height <= h:
                 top, left = int(u[i + 2] * (h - height + 1)), int(u[i + 3] * (w - width + 1))
                 return top, left, height, width
-        width = min(w, round(h * self.ratio[1]))
-        height = min(h, round(w / self.ratio[0]))
+        width = min(w, max(1, round(h * self.ratio[1])))
+        height = min(h, max(1, round(w / self.ratio[0])))
         return (h - height) // 2, (w - width) // 2, height, width
 
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """Evaluation: resize so that a centre crop of `share` of the image's fitting area gives (height, width).
+    """Evaluation: a centre crop of the output's shape, resized to (height, width).
 
-    224 with share 0.875 is the usual 256-then-224. Images that already have the size stay as they are.
+    It has `share` of the sides of the largest crop of that shape: 224 with share 0.875 is the usual
+    256-then-224. An image that already has the size stays as it is.
+
+    Raises:
+        ValueError: a share that is not in (0, 1].
     """
 
     height: int
     width: int
     share: float = 0.875
 
+    def __post_init__(self) -> None:
+        _check_size(self.height, self.width)
+        if not 0 < self.share <= 1:
+            raise ValueError(f"the share {self.share} of a centre crop must be in (0, 1]")
+
     def __call__(self, image: UInt8[Tensor, "c h w"]) -> UInt8[Tensor, "c h2 w2"]:
         _, h, w = image.shape
         if (h, w) == (self.height, self.width):
             return image
         scale = min(h / self.height, w / self.width) * self.share
-        height, width = min(h, round(self.height * scale)), min(w, round(self.width * scale))
+        height = min(h, max(1, round(self.height * scale)))
+        width = min(w, max(1, round(self.width * scale)))
         top, left = (h - height) // 2, (w - width) // 2
         return resize(image[:, top : top + height, left : left + width], self.height, self.width)
+
+
+def _check_size(height: int, width: int) -> None:
+    if min(height, width) < 1:
+        raise ValueError(f"image size {height}x{width} must be at least 1x1")
 
 
 def resize(image: UInt8[Tensor, "c h w"], height: int, width: int) -> UInt8[Tensor, "c h2 w2"]:

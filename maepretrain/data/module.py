@@ -1,7 +1,10 @@
-"""The LightningDataModule: shards in, batches of uint8 images out, resumable at any step on any number of processes.
+"""The LightningDataModule: shards in, batches of uint8 images out, resumable at any step on any
+number of processes.
 
-The whole run is one Lightning epoch over a stream of micro-batches; epochs are counted by `EpochOrder`. That is what makes a
-resume exact: the position of the stream is the number of samples that the training loop consumed, and nothing else.
+The whole run is one Lightning epoch over a stream of micro-batches; epochs are counted by
+`EpochOrder`. That is what makes a
+resume exact: the position of the stream is the number of samples that the training loop consumed,
+and nothing else.
 """
 
 from collections.abc import Iterator
@@ -21,57 +24,95 @@ from maepretrain.randomness import uniform
 
 Batch = dict[str, Tensor]
 
+# Of so many shards a reader keeps the columns: more than the lanes of a batch touch at a time.
+REMEMBERED_SHARDS = 256
+
 
 class ShardIndex:
-    """All samples of the shards, addressed by (shard, member) or by one number; columns are read when first needed.
+    """All samples of the shards, addressed by (shard, member) or by one number.
+
+    Numbers go through the shards in their order. Columns are read when first needed.
 
     Args:
         shards: the shards in the order of their patterns.
         chosen: int64 numbers of the samples to keep (a labelled fraction, say); None keeps all.
+            Kept samples are numbered anew: by shard, then in the order given.
+
+    Raises:
+        ValueError: a chosen number that no sample has.
     """
 
     def __init__(self, shards: list[Shard], chosen: Int64[Tensor, "n"] | None = None) -> None:
         self.shards = shards
         self._columns: dict[int, Columns] = {}
         counts = torch.tensor([shard.samples for shard in shards], dtype=torch.int64)
-        self._kept: list[Tensor] | None = None
+        self._first_of_all = counts.cumsum(0) - counts
+        self._chosen: Tensor | None = None
         if chosen is not None:
-            ends = counts.cumsum(0)
-            shard = torch.searchsorted(ends, chosen, right=True)
-            self._kept = [chosen[shard == s] - (ends[s] - counts[s]) for s in range(len(shards))]
-            counts = torch.tensor([len(kept) for kept in self._kept], dtype=torch.int64)
+            _check_range(chosen, int(counts.sum()))
+            shard = torch.searchsorted(counts.cumsum(0), chosen, right=True)
+            self._chosen = chosen[shard.argsort(stable=True)]
+            counts = torch.bincount(shard, minlength=len(shards))
         self.counts = counts
         self._ends = counts.cumsum(0)
 
     def __len__(self) -> int:
         return int(self.counts.sum())
 
+    def choose(self, numbers: Int64[Tensor, "n"]) -> "ShardIndex":
+        """An index of some of these samples only."""
+        if self._chosen is not None:
+            _check_range(numbers, len(self))
+            numbers = self._chosen[numbers]
+        return ShardIndex(self.shards, numbers)
+
     def columns(self, shard: int) -> Columns:
+        """The columns of a shard; the last ones are remembered."""
         if shard not in self._columns:
+            if len(self._columns) >= REMEMBERED_SHARDS:
+                del self._columns[next(iter(self._columns))]
             self._columns[shard] = self.shards[shard].columns()
         return self._columns[shard]
 
-    def member(self, shard: int, member: int) -> int:
-        """The member's row in the columns of its shard."""
-        return member if self._kept is None else int(self._kept[shard][member])
+    def rows(self, shard: Int64[Tensor, "n"], member: Int64[Tensor, "n"]) -> Int64[Tensor, "n"]:
+        """The row of each member in the columns of its shard."""
+        if self._chosen is None:
+            return member
+        return self._chosen[(self._ends - self.counts)[shard] + member] - self._first_of_all[shard]
 
     def place(self, number: Int64[Tensor, "n"]) -> tuple[Tensor, Tensor]:
-        """(shard, member) of samples numbered through all shards."""
+        """(shard, member) of samples numbered through all shards.
+
+        Raises:
+            IndexError: a number that no sample has.
+        """
+        if len(number) and not 0 <= int(number.min()) <= int(number.max()) < len(self):
+            raise IndexError(f"sample {int(number.max())} is not one of {len(self)}")
         shard = torch.searchsorted(self._ends, number, right=True)
         return shard, number - (self._ends - self.counts)[shard]
 
     def labels(self) -> Int64[Tensor, "n"]:
         """The label of every sample in order, -1 where there is none."""
-        labels = []
+        labels = [torch.empty(0, dtype=torch.int64)]
         for s, count in enumerate(self.counts.tolist()):
-            column = torch.from_numpy(self.columns(s).label.astype("int64"))
-            labels.append(column if self._kept is None else column[self._kept[s]])
-            assert len(labels[-1]) == count
+            if count:
+                column = torch.from_numpy(self.columns(s).label.astype("int64"))
+                labels.append(column[self.rows(torch.full((count,), s), torch.arange(count))])
         return torch.cat(labels)
 
 
+def _check_range(numbers: Int64[Tensor, "n"], samples: int) -> None:
+    if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < samples:
+        raise ValueError(
+            f"chosen samples {int(numbers.min())}..{int(numbers.max())} must be in 0..{samples - 1}"
+        )
+
+
 class Samples(Dataset[Batch]):
-    """Position -> sample. With an order, positions of the run and random crops; without, plain numbers and centre crops."""
+    """Position -> sample.
+
+    With an order, positions of the run and random crops; without, plain numbers and centre crops.
+    """
 
     def __init__(
         self,
@@ -92,38 +133,43 @@ class Samples(Dataset[Batch]):
         return {name: value[0] for name, value in self.__getitems__([position]).items()}
 
     def __getitems__(self, positions: list[int]) -> Batch:
-        """A whole batch: `input` uint8 (b, c, h, w), `position` int64 (b,), `label` int64 (b,), -1 without one."""
+        """A whole batch.
+
+        `input` uint8 (b, c, h, w), `position` int64 (b,), `label` int64 (b,), -1 without one.
+        """
         position = torch.tensor(positions, dtype=torch.int64)
-        locate = self.index.place if self.order is None else self.order.locate
-        shard, member = locate(position)
-        u = uniform(self.seed, "crop", position, UNIFORMS)
-        images, labels = [], []
-        for i, (s, m) in enumerate(zip(shard.tolist(), member.tolist(), strict=True)):
-            columns, row = self.index.columns(s), self.index.member(s, m)
-            path = self.index.shards[s].path
+        numbers = uniform(self.seed, "crop", position, UNIFORMS).unbind()
+        augment, images, labels = self.augment, [], []
+        for (s, row), u in zip(self._locate(position), numbers, strict=True):
+            columns, path = self.index.columns(s), self.index.shards[s].path
             data = self.store.read(path, int(columns.offset[row]), int(columns.size[row]))
             try:
                 image = decode(data, self.channels)
             except ValueError as error:
                 raise ValueError(f"{path}, sample {columns.keys[row]}: {error}") from error
-            augment = self.augment
-            images.append(augment(image, u[i]) if isinstance(augment, Augment) else augment(image))
+            images.append(augment(image, u) if isinstance(augment, Augment) else augment(image))
             labels.append(int(columns.label[row]))
         return {"input": torch.stack(images), "position": position, "label": torch.tensor(labels)}
 
     def keys(self, positions: list[int]) -> list[str]:
         """The sample keys at these positions."""
+        places = self._locate(torch.tensor(positions, dtype=torch.int64))
+        return [self.index.columns(s).keys[row] for s, row in places]
+
+    def _locate(self, position: Int64[Tensor, "n"]) -> list[tuple[int, int]]:
+        """(shard, row in its columns) of each position."""
         locate = self.index.place if self.order is None else self.order.locate
-        shard, member = locate(torch.tensor(positions, dtype=torch.int64))
-        pairs = zip(shard.tolist(), member.tolist(), strict=True)
-        return [self.index.columns(s).keys[self.index.member(s, m)] for s, m in pairs]
+        shard, member = locate(position)
+        return list(zip(shard.tolist(), self.index.rows(shard, member).tolist(), strict=True))
 
 
 class Stream(Sampler[list[int]]):
     """The micro-batches of one rank for the whole run, from the sample `start` on.
 
-    Global step g holds positions g*B .. (g+1)*B - 1. Rank r owns the r-th of W equal parts of it, and its micro-batch m the m-th
-    of A equal parts of that, so world size and accumulation change who reads what and never what a step reads.
+    Global step g holds positions g*B .. (g+1)*B - 1. Rank r owns the r-th of W equal parts of it,
+    and its micro-batch m the m-th
+    of A equal parts of that, so world size and accumulation change who reads what and never what a
+    step reads.
     """
 
     def __init__(
@@ -160,7 +206,8 @@ class Stream(Sampler[list[int]]):
 class Numbered(Sampler[list[int]]):
     """Validation: samples 0..n-1 in order, an equal number of batches on every rank.
 
-    What is left when n is no multiple of the world size (fewer samples than processes) is left out; `dropped` says how many.
+    What is left when n is no multiple of the world size (fewer samples than processes) is left out;
+    `dropped` says how many.
     """
 
     def __init__(self, samples: int, batch: int, world_size: int = 1, rank: int = 0) -> None:
@@ -196,7 +243,8 @@ class ShardData(L.LightningDataModule):
         mean: per channel, of pixels in 0..1, subtracted on the device.
         std: per channel, of pixels in 0..1, divided by on the device.
         seed: seed of order and crops.
-        lanes: equal sample ranges read side by side; must divide global_batch. Default gcd(global_batch, 16).
+        lanes: equal sample ranges read side by side; must divide global_batch. Default
+            gcd(global_batch, 16).
         block: samples shuffled together inside a lane.
         tail: "drop" leaves out what is no whole batch at an epoch's end, "pad" repeats samples.
         num_workers: loader processes per rank; 0 loads in the training process.
@@ -244,7 +292,7 @@ class ShardData(L.LightningDataModule):
 
     def choose(self, chosen: Int64[Tensor, "n"]) -> None:
         """Train on these samples only (numbered through all training shards)."""
-        self.index = ShardIndex(self.index.shards, chosen)
+        self.index = self.index.choose(chosen)
         self.order = self._make_order()
 
     def plan(self, steps: int, world_size: int, accumulation: int) -> None:
@@ -310,9 +358,10 @@ class ShardData(L.LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Samples that the training loop consumed ("processed", not what workers prefetched), and what they depend on."""
+        """Samples that the training loop consumed ("processed", not what workers prefetched), and
+        what they depend on."""
         assert self.trainer is not None and self.stream is not None
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        done = cast(Any, self.trainer).fit_loop.epoch_loop.batch_progress.current.processed
         return {
             "consumed": done * self.stream.micro_batch * self.stream.world_size
         } | self._identity()
@@ -326,7 +375,8 @@ class ShardData(L.LightningDataModule):
         for name, now in self._identity().items():
             if state_dict[name] != now:
                 raise ValueError(
-                    f"cannot resume: data {name} was {state_dict[name]} and is now {now}, which would change "
+                    f"cannot resume: data {name} was {state_dict[name]} and is now {now}, "
+                    "which would change "
                     f"the order of samples; start a new run instead"
                 )
         self._resume_from = state_dict["consumed"]

@@ -6,7 +6,11 @@ from pathlib import Path
 
 
 class LocalStore:
-    """Reads members of local shards with `pread`; keeps the `open_files` last used shards open. One per process."""
+    """Reads members of local shards with `pread`; the last used shards stay open. One per process.
+
+    Args:
+        open_files: how many shards stay open.
+    """
 
     def __init__(self, open_files: int = 64) -> None:
         self.open_files = open_files
@@ -24,6 +28,14 @@ class LocalStore:
         if len(data) != size:
             raise OSError(f"{shard} ends inside a member: {len(data)} of {size} bytes at {offset}")
         return data
+
+    def close(self) -> None:
+        """Close the shards; the next read opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
 
     def __getstate__(self) -> dict[str, object]:
         """Open files do not travel to another process."""

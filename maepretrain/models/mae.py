@@ -1,21 +1,25 @@
 """Masked autoencoder (He et al. 2021, arXiv 2111.06377).
 
-The encoder is a timm VisionTransformer that sees the visible patches only; a small decoder predicts the pixels of the masked ones.
+The encoder is a timm VisionTransformer that sees the visible patches only; a small decoder predicts
+the pixels of the masked ones.
 
-Deviations from the official code, none of which changes the loss: visible pixels are gathered before they are projected; the
-decoder runs in shuffled order (attention does not care) with positions gathered along; its final norm, its prediction and the
-target are computed for masked patches only. Masks are a pure function of (seed, position of the sample in the run).
+Deviations from the official code, none of which changes the loss: visible pixels are gathered
+before they are projected; the decoder runs in shuffled order (attention does not care) with
+positions gathered along; its final norm, its prediction and the target are computed for masked
+patches only. Masks are a pure function of (seed, position of the sample in the run).
 
-Axes: b images, c channels, h w pixels, n patches, k visible patches, m masked patches, d features, p patch side.
+Axes: b images, c channels, h w pixels, n patches, k visible patches, m masked patches, d features,
+p patch side.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import timm
 import torch
 from jaxtyping import Float, Int64
+from timm.layers.norm import LayerNorm  # eps 1e-6, as in the official code
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,7 +29,6 @@ from maepretrain.randomness import uniform
 
 Batch = dict[str, Tensor]
 BLOCKS_TRIED = 32
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class Reconstruction(NamedTuple):
@@ -40,15 +43,16 @@ class Reconstruction(NamedTuple):
 class MaskedAutoencoder(nn.Module):
     """Masked autoencoder on a timm ViT.
 
-    Initial values as in the official code: xavier-uniform linears and patch projection, zero biases, N(0, .02) class, register and
-    mask tokens, LayerNorm 1 and 0 with eps 1e-6, fixed 2-D sin-cos positions.
+    Initial values as in the official code: xavier-uniform linears and patch projection, zero
+    biases, N(0, .02) class, register and mask tokens, LayerNorm 1 and 0 with eps 1e-6, fixed 2-D
+    sin-cos positions.
 
     Args:
         encoder: name of a timm VisionTransformer with absolute positions.
         image_size: side of the square input, or [height, width].
         patch_size: side of a patch; null takes the encoder's.
         channels: input channels.
-        encoder_width: features of the encoder; null takes the encoder's own, as for depth and heads.
+        encoder_width: features of the encoder; null takes its own, as for depth and heads.
         encoder_depth: blocks of the encoder.
         encoder_heads: attention heads of the encoder.
         decoder_width: features of the decoder.
@@ -61,7 +65,8 @@ class MaskedAutoencoder(nn.Module):
         seed: seed of the masks.
 
     Raises:
-        ValueError: sizes that do not divide, a mask that leaves nothing to see or to predict, an encoder that is no such ViT.
+        ValueError: sizes that do not divide, a mask that leaves nothing to see or to predict, an
+            encoder that is no such ViT.
     """
 
     def __init__(
@@ -100,13 +105,13 @@ class MaskedAutoencoder(nn.Module):
         self.mask_ratio, self.visible = mask_ratio, int(n * (1 - mask_ratio))
         if not 0 < self.visible < n:
             raise ValueError(
-                f"mask_ratio {mask_ratio} leaves {self.visible} of {n} patches visible; at least one must be "
-                f"visible and one masked"
+                f"mask_ratio {mask_ratio} leaves {self.visible} of {n} patches visible; at least "
+                f"one must be visible and one masked"
             )
         if mask == "grid" and (mask_ratio != 0.75 or self.grid[0] % 2 or self.grid[1] % 2):
             raise ValueError(
-                f"mask grid keeps one patch of 2 x 2: it needs mask_ratio 0.75 (not {mask_ratio}) and an even "
-                f"patch grid (not {self.grid[0]}x{self.grid[1]})"
+                f"mask grid keeps one patch of 2 x 2: it needs mask_ratio 0.75 (not {mask_ratio}) "
+                f"and an even patch grid (not {self.grid[0]}x{self.grid[1]})"
             )
         width = self.encoder.embed_dim
         if decoder_width % decoder_heads:
@@ -143,7 +148,8 @@ class MaskedAutoencoder(nn.Module):
                 nn.init.zeros_(module.bias)
         projection = self.encoder.patch_embed.proj
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-        nn.init.zeros_(projection.bias)
+        if projection.bias is not None:  # ViTs with a norm before their blocks have none
+            nn.init.zeros_(projection.bias)
         for token in (self.encoder.cls_token, self.encoder.reg_token, self.mask_token):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
@@ -152,7 +158,8 @@ class MaskedAutoencoder(nn.Module):
         """Mean squared error of the masked patches (section 3, "Reconstruction target").
 
         Args:
-            batch: `input`, normalised images (b, c, h, w); `position`, int64 (b,), where `noise` is not given.
+            batch: `input`, normalised images (b, c, h, w); `position`, int64 (b,), where `noise` is
+                not given.
             noise: the patches with the smallest noise stay visible.
 
         Returns:
@@ -165,10 +172,10 @@ class MaskedAutoencoder(nn.Module):
         tokens = self._encode_visible(images, keep)
         decoded = self._decode(tokens, keep, masked)[:, -masked.shape[1] :]  # (b, m, d)
         prediction = self.decoder_pred(self.decoder_norm(decoded))
-        target = gather_patches(images, masked, self.grid, "ppc")
+        target = gather_patches(images, masked, self.grid, "ppc").float()
         if self.norm_pix:
             target = (target - target.mean(-1, keepdim=True)) / _patch_std(target)
-        return {"loss": F.mse_loss(prediction.float(), target.float())}
+        return {"loss": F.mse_loss(prediction.float(), target)}
 
     def noise(self, position: Int64[Tensor, "b"]) -> Float[Tensor, "b n"]:
         """Noise whose smallest entries stay visible, from (seed, position) alone."""
@@ -181,12 +188,14 @@ class MaskedAutoencoder(nn.Module):
             kept = torch.zeros(rows, columns, device=u.device)
             kept[::2, ::2] = -1.0
             return kept.flatten() + u
-        return u - self._first_block(uniform(self.seed, "mask blocks", position, 4 * BLOCKS_TRIED))
+        return u + self._first_block(uniform(self.seed, "mask blocks", position, 4 * BLOCKS_TRIED))
 
     def _first_block(self, u: Float[Tensor, "b u"]) -> Float[Tensor, "b n"]:
-        """For each patch the number of the first random rectangle that covers it, counted down: the first is masked first.
+        """For each patch the number of the first random rectangle that covers it, counted down: the
+        first is masked first; 0 where none does.
 
-        Rectangles as in BEiT (Bao et al. 2021, algorithm 1): aspect .3 to 1/.3, area from 1/12 of the patches to .4 of them.
+        Rectangles as in BEiT (Bao et al. 2021, algorithm 1): aspect .3 to 1/.3, area from 1/12 of
+        the patches to .4 of them.
         """
         rows, columns = self.grid
         n = rows * columns
@@ -216,12 +225,14 @@ class MaskedAutoencoder(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         """Prefix tokens and visible patches through the encoder (section 3, "MAE encoder")."""
         encoder = self.encoder
+        self._check_size(images)
         pixels = gather_patches(images, keep, self.grid, "cpp")
         projection = encoder.patch_embed.proj
         # A strided convolution over the whole image, applied to its visible quarter.
         tokens = F.linear(pixels, projection.weight.flatten(1), projection.bias)
         tokens = encoder.patch_embed.norm(tokens)
-        positions, skip = encoder.pos_embed[0], encoder.pos_embed.shape[1] - self._patches
+        positions = cast(Tensor, encoder.pos_embed)[0]
+        skip = len(positions) - self._patches
         tokens = tokens + positions[skip + keep]
         tokens = torch.cat([*self._prefix(positions[:skip], len(images)), tokens], 1)
         tokens = self._run(encoder.blocks, encoder.norm_pre(tokens))
@@ -233,7 +244,8 @@ class MaskedAutoencoder(nn.Module):
 
     def _prefix(self, positions: Float[Tensor, "s d"], b: int) -> list[Tensor]:
         """Class and register tokens with their positions, (b, s, d)."""
-        tokens = [t for t in (self.encoder.cls_token, self.encoder.reg_token) if t is not None]
+        both = (self.encoder.cls_token, self.encoder.reg_token)
+        tokens: list[Tensor] = [token for token in both if token is not None]
         if not tokens:
             return []
         prefix = torch.cat(tokens, 1)
@@ -245,7 +257,8 @@ class MaskedAutoencoder(nn.Module):
         keep: Int64[Tensor, "b k"],
         masked: Int64[Tensor, "b m"],
     ) -> Float[Tensor, "b t2 d2"]:
-        """Prefix, visible and mask tokens, in this order, through the decoder's blocks (section 3, "MAE decoder")."""
+        """Prefix, visible and mask tokens, in this order, through the decoder's blocks (section 3,
+        "MAE decoder")."""
         prefix = self.encoder.num_prefix_tokens
         positions = cast(Tensor, self.decoder_pos_embed)[0]
         visible = self.decoder_embed(tokens)
@@ -261,14 +274,21 @@ class MaskedAutoencoder(nn.Module):
             x = cast(Tensor, checkpoint(block, x, use_reentrant=False)) if recompute else block(x)
         return x
 
+    def _check_size(self, images: Float[Tensor, "b c h w"]) -> None:
+        made_for = (self.channels, *self.encoder.patch_embed.img_size)
+        if images.shape[1:] != made_for:
+            raise ValueError(f"images are {tuple(images.shape[1:])}, the model takes {made_for}")
+
     def encode(
         self, images: Float[Tensor, "b c h w"], pool: Literal["cls", "mean", "tokens"] = "mean"
     ) -> Tensor:
-        """Features of whole images after the encoder's norm: (b, d), or (b, n, d) patch tokens with pool="tokens".
+        """Features of whole images after the encoder's norm: (b, d), or (b, n, d) patch tokens with
+        pool="tokens".
 
         Raises:
-            ValueError: pool="cls" with an encoder that has no class token.
+            ValueError: images of another size, or pool="cls" without a class token.
         """
+        self._check_size(images)
         tokens = self.encoder.forward_features(images)
         if pool == "cls":
             if self.encoder.cls_token is None:
@@ -281,7 +301,8 @@ class MaskedAutoencoder(nn.Module):
     def reconstruct(
         self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b n"] | None = None
     ) -> Reconstruction:
-        """Original, masked, predicted, and predicted with the visible patches pasted in; norm_pix is undone per patch."""
+        """Original, masked, predicted, and predicted with the visible patches pasted in; norm_pix
+        is undone per patch."""
         b = len(images)
         if noise is None:
             noise = self.noise(torch.arange(b, device=images.device))
@@ -305,40 +326,60 @@ class MaskedAutoencoder(nn.Module):
         return Reconstruction(images, *(unpatchify(x, self.grid, self.channels) for x in shown))
 
     def layers(self) -> list[list[nn.Parameter]]:
-        """The encoder's parameters from input to output: embedding and tokens, each block, final norm."""
+        """The encoder's parameters from input to output: embedding and tokens, each block, norm."""
         encoder = self.encoder
         blocks = [list(block.parameters()) for block in encoder.blocks]
         last = list(encoder.norm.parameters())
         later = {id(p) for group in [*blocks, last] for p in group}
         return [[p for p in encoder.parameters() if id(p) not in later], *blocks, last]
 
+    def train_positions(self) -> None:
+        """Make the fixed positions a Parameter again, as the official code does for fine-tuning."""
+        positions = cast(Tensor, self.encoder.pos_embed)
+        del self.encoder.pos_embed
+        self.encoder.pos_embed = nn.Parameter(positions.clone())
+
     def summary(self) -> dict[str, str]:
         """What a run prints of this model before its first step."""
         encoder = sum(p.numel() for p in self.encoder.parameters())
         decoder = sum(p.numel() for p in self.parameters()) - encoder
         return {
-            "mask": f"{self.mask}, ratio {self.mask_ratio}: {self.visible} of {self._patches} patches visible",
+            "mask": f"{self.mask}, ratio {self.mask_ratio}: "
+            f"{self.visible} of {self._patches} patches visible",
             "parameters": f"encoder {encoder:,}, decoder {decoder:,}",
         }
 
 
 def create_encoder(
-    name: str, image_size: int | tuple[int, int], channels: int, **overrides: int
+    name: str, image_size: int | tuple[int, int], channels: int, **overrides: Any
 ) -> VisionTransformer:
-    """A timm VisionTransformer without a head, its LayerNorm after the last block kept for every pooling.
+    """A timm VisionTransformer without head or pooling, its norm after the last block kept.
 
     Raises:
-        ValueError: an unknown name, another kind of model, or an image size that the patch size does not divide.
+        ValueError: an unknown name, another kind of model, or an image size that the patch size
+            does not divide.
     """
     try:
         encoder = timm.create_model(
-            name, img_size=image_size, in_chans=channels, num_classes=0, fc_norm=False, **overrides
+            name,
+            img_size=image_size,
+            in_chans=channels,
+            num_classes=0,
+            global_pool="",  # no attention pooling either: it would never get a gradient
+            fc_norm=False,
+            **overrides,
         )
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"timm cannot make encoder {name}: {error}") from error
-    if type(encoder) is not VisionTransformer or encoder.pos_embed is None:
-        raise ValueError(f"encoder {name} is no timm VisionTransformer with absolute positions")
-    (h, w), (p, _) = encoder.patch_embed.img_size, encoder.patch_embed.patch_size
+    # A hybrid, whose patches are made by convolutions, is a VisionTransformer as well.
+    if (
+        type(encoder) is not VisionTransformer
+        or type(encoder.patch_embed) is not PatchEmbed
+        or encoder.pos_embed is None
+    ):
+        raise ValueError(f"encoder {name} is no plain timm VisionTransformer with positions")
+    h, w = (image_size, image_size) if isinstance(image_size, int) else image_size
+    p = encoder.patch_embed.proj.kernel_size[0]
     if h % p or w % p:
         raise ValueError(f"image size {h}x{w} must be divisible by patch size {p}")
     return encoder
@@ -350,7 +391,8 @@ def gather_patches(
     grid: tuple[int, int],
     order: Literal["cpp", "ppc"],
 ) -> Float[Tensor, "b k v"]:
-    """The pixels of chosen patches: (c, p, p) as the patch projection reads them, or (p, p, c) as the target is ordered."""
+    """The pixels of chosen patches: (c, p, p) as the patch projection reads them, or (p, p, c) as
+    the target is ordered."""
     b, c, h, w = images.shape
     rows, columns = grid
     blocks = images.reshape(b, c, rows, h // rows, columns, w // columns)
@@ -371,7 +413,8 @@ def unpatchify(
 
 
 def sincos_positions(width: int, grid: tuple[int, int], prefix: int) -> Float[Tensor, "1 n d"]:
-    """Fixed 2-D sin-cos positions, zero for prefix tokens; the first half of the features encodes the column.
+    """Fixed 2-D sin-cos positions, zero for prefix tokens; the first half of the features encodes
+    the column.
 
     Raises:
         ValueError: a width that is not divisible by 4.

@@ -1,0 +1,273 @@
+"""What happens around the steps: checkpoints at step boundaries and on signals, speed, progress,
+pictures, live evaluation."""
+
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from maepretrain.data.module import Batch, ShardData, ShardIndex
+from maepretrain.distributed import say
+from maepretrain.evaluate.features import embed
+from maepretrain.evaluate.knn import knn_accuracy
+from maepretrain.evaluate.probe import linear_probe
+from maepretrain.plots import reconstruction_grid
+
+
+class LastCheckpoint(L.Callback):
+    """Keeps `checkpoints/last.ckpt`: every so many steps, at the last step, and at the step
+    boundary after Ctrl-C or SIGTERM.
+
+    Lightning alone leaves in the middle of a step without a checkpoint. A second Ctrl-C ends at
+    once.
+
+    Args:
+        run: the run folder.
+        every: optimizer steps between two saves.
+    """
+
+    def __init__(self, run: Path, every: int) -> None:
+        self.path, self.every = run / "checkpoints" / "last.ckpt", every
+        self.stopped_by: int | None = None
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._saved = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self._signal = number
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
+        print(
+            "\nstopping at the next step with a checkpoint; once more to stop at once",
+            file=sys.stderr,
+        )
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # a checkpoint here would lose the gradients gathered so far
+        stop = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+        step = trainer.global_step
+        ended = step >= trainer.max_steps
+        if (stop or ended or step % self.every == 0) and step != self._saved:
+            trainer.save_checkpoint(self.path)
+            self._saved = step
+        if stop and not ended:
+            self.stopped_by = self._signal or signal.SIGTERM
+            trainer.limit_val_batches = 0
+            trainer.should_stop = True
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+
+class Throughput(L.Callback):
+    """Logs `img_per_s` and `data_wait`, the share of time between two steps, validation apart. Must
+    be the last callback.
+
+    Args:
+        global_batch: images in an optimizer step.
+    """
+
+    def __init__(self, global_batch: int) -> None:
+        self.global_batch = global_batch
+        self.img_per_s = self.data_wait = 0.0
+        self._started = self._ended = time.perf_counter()
+        self._waited = self._elsewhere = 0.0
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restart(trainer.global_step)
+
+    def _restart(self, step: int) -> None:
+        self._started = self._ended = time.perf_counter()
+        self._waited = self._elsewhere = 0.0
+        self._step = step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._waited += time.perf_counter() - self._ended
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._elsewhere -= time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        now = time.perf_counter()
+        self._elsewhere += now
+        self._ended = now
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._ended = now = time.perf_counter()
+        steps = trainer.global_step - self._step
+        if steps and trainer.global_step % cast(Any, trainer).log_every_n_steps == 0:
+            spent = max(1e-9, now - self._started - self._elsewhere)
+            self.img_per_s = steps * self.global_batch / spent
+            self.data_wait = self._waited / spent
+            for logger in trainer.loggers:
+                values = {"img_per_s": self.img_per_s, "data_wait": self.data_wait}
+                logger.log_metrics(values, trainer.global_step - 1)
+            self._restart(trainer.global_step)
+
+
+class Bar(RichProgressBar):
+    """Lightning's bar with images per second and the share of time spent waiting for data."""
+
+    def __init__(self, throughput: Throughput) -> None:
+        super().__init__(leave=True)
+        self._throughput = throughput
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        epoch = trainer.global_step / cast(Any, pl_module).steps_per_epoch
+        return metrics | {
+            "epoch": f"{epoch:.1f}",
+            "img/s": f"{self._throughput.img_per_s:.0f}",
+            "wait": f"{self._throughput.data_wait:.0%}",
+        }
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
+
+
+class Lines(L.Callback):
+    """Progress for a log file, where a bar would be noise: one line every so many seconds."""
+
+    def __init__(self, throughput: Throughput, seconds: float = 30.0) -> None:
+        self._throughput, self._seconds = throughput, seconds
+        self._first_step, self._began, self._last = 0, 0.0, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._first_step, self._began = trainer.global_step, time.perf_counter()
+        self._last = self._began
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        now, step = time.perf_counter(), trainer.global_step
+        if now - self._last < self._seconds and step < trainer.max_steps:
+            return
+        self._last = now
+        left = (trainer.max_steps - step) * (now - self._began) / max(1, step - self._first_step)
+        loss = trainer.callback_metrics.get("loss", torch.tensor(float("nan")))
+        say(
+            f"step {step:,}/{trainer.max_steps:,}  epoch "
+            f"{step / cast(Any, pl_module).steps_per_epoch:.1f}  "
+            f"loss {loss:.4f}  {self._throughput.img_per_s:.0f} img/s  "
+            f"wait {self._throughput.data_wait:.0%}  {left / 60:.1f} min left"
+        )
+
+
+def progress(throughput: Throughput) -> L.Callback:
+    """A bar on a terminal, lines in a file."""
+    return Bar(throughput) if sys.stdout.isatty() else Lines(throughput)
+
+
+class ReconstructionGrid(L.Callback):
+    """Draws held-out images at each validation: original, masked, reconstruction, pasted.
+
+    Args:
+        run: the run folder; pictures go to `pictures/step-NNNNNNNN.png` and to TensorBoard.
+        images: how many.
+    """
+
+    def __init__(self, run: Path, images: int) -> None:
+        self.folder, self.images = run / "pictures", images
+
+    def on_validation_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx or not trainer.is_global_zero:
+            return
+        module = cast(Any, pl_module)
+        shown = module.model.reconstruct(module.normalise(batch["input"][: self.images]))
+        rows = [module.normalise.undo(row.float()).cpu() for row in shown]
+        path = self.folder / f"step-{trainer.global_step:08d}.png"
+        picture = reconstruction_grid(rows, list(type(shown)._fields), path)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(
+                    "reconstruction", picture, trainer.global_step, dataformats="HWC"
+                )
+
+
+class LiveEvaluation(L.Callback):
+    """Linear probe and k-NN on held-out labels at each validation, outside the engine.
+
+    The bank is the first `bank` training samples, centre-cropped; the questions are the held-out
+    samples. Nothing of it touches the
+    model's gradients or a random generator, so the loss curve is bit-equal with it on or off.
+
+    Args:
+        bank: labelled training samples to fit on.
+    """
+
+    def __init__(self, bank: int) -> None:
+        self.bank = bank
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module, data = cast(Any, pl_module), cast(ShardData, cast(Any, trainer).datamodule)
+        assert data.val_index is not None
+        bank = data.index.choose(torch.arange(min(self.bank, len(data.index))))
+
+        def features(index: ShardIndex) -> tuple[Tensor, Tensor]:
+            return embed(
+                lambda images: module.model.encode(module.normalise(images.to(module.device))),
+                data.evaluation(index),
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+            )
+
+        train, labels = features(bank)
+        test, truth = features(data.val_index)
+        if min(int(labels.min()), int(truth.min())) < 0:
+            raise ValueError(
+                "live_probe needs a label for every sample of its bank and of data.val"
+            )
+        values = {
+            "val_probe": linear_probe(train, labels, test, truth, strength=0.3, max_iterations=200),
+            "val_knn": knn_accuracy(test, truth, train, labels, k=20),
+        }
+        pl_module.log_dict(values, rank_zero_only=False, sync_dist=False, prog_bar=True)

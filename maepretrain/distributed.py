@@ -1,0 +1,31 @@
+"""Helpers that are safe on every rank."""
+
+import logging
+import warnings
+from typing import Any, cast
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the one that writes and prints; known before any process group
+    starts."""
+    return cast(Any, rank_zero_only).rank == 0
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print once, on rank zero."""
+    print(text, flush=True)
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's tips and repeated device lists away from what a run has to say; its warnings
+    stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Lightning's own use of a torch function; nothing that a user can change.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=DeprecationWarning)
+    # True of plain loaders; ours is a stream that knows where it stopped.
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

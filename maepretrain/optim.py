@@ -1,0 +1,131 @@
+"""Optimizer, parameter groups and learning-rate schedule: the scaling rule, no decay for vectors,
+layer decay, warm-up, cosine.
+
+The learning rate is a pure function of the step, set before each step. There is no scheduler whose
+saved state could bring an
+old learning rate back on a resume, and the hyperparameters of a resumed optimizer are set anew from
+the configuration.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
+from torch import nn
+
+Group = dict[str, Any]
+
+
+class Optimization:
+    """One optimizer and one schedule.
+
+    Args:
+        optimizer: a name that timm's optimizer factory knows.
+        base_lr: learning rate for a global batch of 256; lr = base_lr * global_batch / 256.
+        weight_decay: for matrices; vectors (biases, norms) are not decayed.
+        betas: of Adam-like optimizers.
+        momentum: of SGD-like optimizers.
+        warmup_epochs: epochs of linear warm-up from 0.
+        min_lr: where the cosine ends.
+        layer_decay: factor on the learning rate from each encoder layer to the one below it; 1 for
+            none.
+    """
+
+    def __init__(
+        self,
+        optimizer: Literal["adamw", "sgd", "lars"] = "adamw",
+        base_lr: float = 1.5e-4,
+        weight_decay: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.95),
+        momentum: float = 0.9,
+        warmup_epochs: float = 40.0,
+        min_lr: float = 0.0,
+        layer_decay: float = 1.0,
+    ) -> None:
+        self.optimizer, self.base_lr, self.weight_decay = optimizer, base_lr, weight_decay
+        self.betas, self.momentum = betas, momentum
+        self.warmup_epochs, self.min_lr, self.layer_decay = warmup_epochs, min_lr, layer_decay
+
+    def lr(self, global_batch: int) -> float:
+        """The peak learning rate: base_lr x global batch / 256 (Goyal et al. 2017)."""
+        return self.base_lr * global_batch / 256
+
+    def lr_at(self, step: int, steps: int, steps_per_epoch: int, global_batch: int) -> float:
+        """Learning rate of a step: linear warm-up, then half a cosine to `min_lr` at the last
+        step's end.
+
+        As facebookresearch/mae's `lr_sched.py`, per step. A warm-up as long as the run never gets
+        past its ramp.
+        """
+        peak, warmup = self.lr(global_batch), self.warmup_epochs * steps_per_epoch
+        if step < warmup:
+            return peak * step / warmup
+        done = (step - warmup) / max(1.0, steps - warmup)
+        return self.min_lr + (peak - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    def groups(self, layers: list[list[nn.Parameter]], rest: Iterable[nn.Parameter]) -> list[Group]:
+        """Parameter groups with `lr_scale`: per layer and rest, each split into decayed and not
+        decayed.
+
+        Args:
+            layers: the encoder's parameters from input to output.
+            rest: all other parameters (decoder, head), at the full learning rate.
+        """
+        scales = [self.layer_decay ** (len(layers) - i) for i in range(len(layers))]
+        if self.layer_decay == 1.0:
+            layers, scales = [[p for layer in layers for p in layer]], [1.0]
+        groups: list[Group] = []
+        for layer, scale in zip([*layers, list(rest)], [*scales, 1.0], strict=True):
+            trained = [p for p in layer if p.requires_grad]
+            for decayed in (True, False):
+                chosen = [p for p in trained if (p.ndim > 1) == decayed]
+                if chosen:
+                    decay = self.weight_decay if decayed else 0.0
+                    groups.append({"params": chosen, "weight_decay": decay, "lr_scale": scale})
+        return groups if self.layer_decay != 1.0 else _merged(groups)
+
+    def make(
+        self, groups: list[Group], global_batch: int, fused: bool = True
+    ) -> torch.optim.Optimizer:
+        """The optimizer over these groups; AdamW is fused where it may (one pass over memory, the
+        same numbers)."""
+        options: dict[str, Any] = {"lr": self.lr(global_batch)}
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(
+                groups, betas=self.betas, weight_decay=0.0, fused=fused, **options
+            )
+        return create_optimizer_v2(
+            groups, opt=self.optimizer, momentum=self.momentum, weight_decay=0.0, **options
+        )
+
+    def refresh(self, optimizer: torch.optim.Optimizer, groups: list[Group]) -> None:
+        """Set the hyperparameters as configured now: a loaded optimizer state brings those of its
+        own run."""
+        for loaded, fresh in zip(optimizer.param_groups, groups, strict=True):
+            loaded.update({k: v for k, v in fresh.items() if k != "params"})
+            if "betas" in loaded:
+                loaded["betas"] = self.betas
+            if "momentum" in loaded:
+                loaded["momentum"] = self.momentum
+
+
+def _merged(groups: list[Group]) -> list[Group]:
+    """Groups of the same settings joined into one."""
+    joined: dict[tuple[float, float], Group] = {}
+    for group in groups:
+        known = joined.setdefault(
+            (group["weight_decay"], group["lr_scale"]), group | {"params": []}
+        )
+        known["params"] += group["params"]
+    return list(joined.values())
+
+
+def describe(groups: list[Group], lr: float) -> list[str]:
+    """One line a group: how many tensors and numbers, weight decay, learning rate."""
+    return [
+        f"{len(g['params'])} tensors, {sum(p.numel() for p in g['params']):,} numbers, "
+        f"weight decay {g['weight_decay']}, lr {lr * g['lr_scale']:.3g}"
+        for g in groups
+    ]

@@ -1,0 +1,119 @@
+"""Pretraining: any model of the project, one optimizer, one schedule, in one run folder.
+
+`pretrain()` is what the command line, the quickstart and the tests call.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from maepretrain.callbacks import LiveEvaluation, ReconstructionGrid
+from maepretrain.data.module import Batch, ShardData
+from maepretrain.optim import Optimization
+from maepretrain.runs import RunFolder
+from maepretrain.training import Scheduled, fit, in_steps
+
+
+class Pretrain(Scheduled):
+    """Trains any model with `model(batch) -> {"loss": ..., ...}` on batches of uint8 images."""
+
+    def __init__(
+        self, model: nn.Module, optim: Optimization, data: ShardData, steps: int, seed: int = 0
+    ) -> None:
+        super().__init__(optim, data, steps, seed)
+        self.model = model
+
+    def losses(self, batch: Batch) -> Batch:
+        """What the model returns for a batch of uint8 images."""
+        return self.model(batch | {"input": self.normalise(batch["input"])})
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        losses = self.losses(batch)
+        self.log("loss", losses["loss"], prog_bar=True)
+        self.log_dict({name: value for name, value in losses.items() if name != "loss"})
+        return losses["loss"]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        losses = self.losses(batch)
+        named = {f"val_{name}": value for name, value in losses.items()}
+        self.log_dict(named, batch_size=len(batch["position"]), sync_dist=True, prog_bar=True)
+
+
+def pretrain(
+    model: nn.Module,
+    data: ShardData,
+    optim: Optimization,
+    trainer: dict[str, Any],
+    run: Path,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    checkpoint_every_steps: int = 1000,
+    keep_every_steps: int | None = None,
+    pictures: int = 8,
+    live_probe: int = 0,
+    compile: bool = False,
+    threads: int | None = None,
+    config: str = "",
+) -> bool:
+    """Pretrain a model on shards.
+
+    Args:
+        model: any model of maepretrain.
+        data: shards in, batches out.
+        optim: optimizer and schedule.
+        trainer: arguments of Lightning's Trainer.
+        run: the run folder; the only record of the run.
+        seed: seed of initial values and dropout (model and data have their own).
+        resume: go on from the run folder's last checkpoint; start where there is none.
+        overwrite: delete the run that the folder holds.
+        checkpoint_every_steps: optimizer steps between two saves of last.ckpt.
+        keep_every_steps: also keep a checkpoint for good every so many steps.
+        pictures: held-out images drawn at each validation; 0 for none.
+        live_probe: training samples of the labelled bank on which a linear probe and k-NN are
+            fitted at each validation; 0 for none.
+        compile: torch.compile the model.
+        threads: compute threads of each process on the CPU; small models lose by more than one.
+            Default torch's choice.
+        config: the resolved configuration as YAML, for the run folder.
+
+    Returns:
+        True when the run came to its end, False when it was stopped on the way.
+
+    Raises:
+        ValueError: a run folder that holds another run, sizes that do not divide, a stream that
+            cannot be resumed.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    arguments = in_steps(trainer, data.order.steps_per_epoch)
+    callbacks: list[L.Callback] = []
+    with RunFolder(run, resume, overwrite, config) as folder:
+        if data.val_index is not None:
+            callbacks.append(_best(folder.path))
+            if pictures and hasattr(model, "reconstruct"):
+                callbacks.append(ReconstructionGrid(folder.path, pictures))
+            if live_probe:
+                callbacks.append(LiveEvaluation(live_probe))
+        elif live_probe:
+            raise ValueError("live_probe needs held-out shards: set data.val")
+        if keep_every_steps:
+            callbacks.append(_kept(folder.path, keep_every_steps))
+        if compile:
+            model.compile()
+        module = Pretrain(model, optim, data, arguments["max_steps"], seed)
+        return fit(module, data, arguments, folder, callbacks, checkpoint_every_steps)[0]
+
+
+def _best(run: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        run / "checkpoints", "best", monitor="val_loss", enable_version_counter=False
+    )
+
+
+def _kept(run: Path, every: int) -> ModelCheckpoint:
+    return ModelCheckpoint(run / "checkpoints", "{step}", every_n_train_steps=every, save_top_k=-1)

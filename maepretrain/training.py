@@ -1,0 +1,196 @@
+"""Training in a run folder, for pretraining and fine-tuning alike: schedule, steps, resume, what is
+printed first.
+
+A run is one Lightning epoch over a stream of micro-batches (see `data/module.py`), so the Trainer
+counts steps and epochs are ours to
+convert.
+"""
+
+from typing import Any, cast
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+
+from maepretrain.callbacks import LastCheckpoint, Throughput, progress
+from maepretrain.data.module import Batch, ShardData
+from maepretrain.distributed import say
+from maepretrain.optim import Group, Optimization, describe
+from maepretrain.runs import RunFolder
+
+
+class Normalise(nn.Module):
+    """uint8 pixels -> (pixel / 255 - mean) / std in float32, on the device."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Float[Tensor, "b c h w"]:
+        """Images uint8 (b, c, h, w) to normalised float32."""
+        return (images.float() / 255 - cast(Tensor, self.mean)) / cast(Tensor, self.std)
+
+    def undo(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Pixels in 0..1 again."""
+        return (images * cast(Tensor, self.std) + cast(Tensor, self.mean)).clamp(0, 1)
+
+
+class Scheduled(L.LightningModule):
+    """A LightningModule whose learning rate and random numbers are pure functions of the step.
+
+    Shared by pretraining and fine-tuning: configuration wins over whatever a loaded checkpoint
+    brings along.
+    """
+
+    def __init__(self, optim: Optimization, data: ShardData, steps: int, seed: int) -> None:
+        super().__init__()
+        self.optim, self.steps, self.seed = optim, steps, seed
+        self.global_batch, self.steps_per_epoch = data.global_batch, data.order.steps_per_epoch
+        self.normalise = Normalise(data.mean, data.std)
+        self.fresh_groups: list[Group] = []
+
+    def parameter_layers(self) -> list[list[nn.Parameter]]:
+        """The encoder's parameters in order, for layer-wise learning rates."""
+        return []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        layers = self.parameter_layers()
+        inside = {id(p) for layer in layers for p in layer}
+        rest = [p for p in self.parameters() if id(p) not in inside]
+        groups = self.optim.groups(layers, rest)
+        self.fresh_groups = [{k: v for k, v in g.items() if k != "params"} for g in groups]
+        say("optimizer     " + "\n              ".join(self._describe(groups)))
+        # Lightning cannot clip under mixed precision when the optimizer is fused.
+        amp = isinstance(self.trainer.precision_plugin, MixedPrecision)
+        return self.optim.make(
+            groups, self.global_batch, fused=not (amp and self.trainer.gradient_clip_val)
+        )
+
+    def _describe(self, groups: list[Group]) -> list[str]:
+        return [f"{self.optim.optimizer}", *describe(groups, self.optim.lr(self.global_batch))]
+
+    def on_train_start(self) -> None:
+        self.optim.refresh(cast(torch.optim.Optimizer, self.optimizers()), self.fresh_groups)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Set this step's learning rate, and seed dropout and its like by (seed, micro-batch,
+        rank)."""
+        lr = self.optim.lr_at(
+            self.trainer.global_step, self.steps, self.steps_per_epoch, self.global_batch
+        )
+        for group in cast(torch.optim.Optimizer, self.optimizers()).param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 4099 + self.global_rank)
+        self.log("lr", lr)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Tell Lightning's loop how many micro-batches of today's size the stopped run consumed."""
+        consumed = next(
+            state["consumed"] for name, state in checkpoint.items() if name.endswith("ShardData")
+        )
+        data = cast(ShardData, cast(Any, self.trainer).datamodule)
+        assert data.stream is not None
+        done = consumed // (data.stream.micro_batch * data.stream.world_size)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        shift = done - progress["current"]["processed"]
+        for counts in (progress["current"], progress["total"]):
+            for name in ("ready", "started", "processed", "completed"):
+                counts[name] += shift
+
+
+def in_steps(trainer: dict[str, Any], steps_per_epoch: int) -> dict[str, Any]:
+    """Trainer arguments with epochs turned into steps, since the whole run is one Lightning epoch.
+
+    Raises:
+        ValueError: neither max_epochs nor max_steps.
+    """
+    arguments = dict(trainer)
+    epochs, steps = arguments.pop("max_epochs", None), arguments.get("max_steps", -1)
+    if steps is None or steps < 0:
+        if epochs is None or epochs < 1:
+            raise ValueError(
+                "the length of the run is missing: set trainer.max_epochs or max_steps"
+            )
+        steps = epochs * steps_per_epoch
+    accumulation = arguments.get("accumulate_grad_batches") or 1
+    interval, every = arguments.get("val_check_interval"), arguments.get("check_val_every_n_epoch")
+    if not isinstance(interval, int):
+        share = (every or 1) if interval is None else interval * (every or 1)
+        interval = max(1, round(share * steps_per_epoch)) * accumulation
+    # Lightning refuses an interval longer than the run.
+    interval = min(interval, steps * accumulation)
+    return arguments | {
+        "max_steps": steps,
+        "max_epochs": -1,
+        "val_check_interval": interval,
+        "check_val_every_n_epoch": None,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+    }
+
+
+def fit(
+    module: Scheduled,
+    data: ShardData,
+    trainer: dict[str, Any],
+    folder: RunFolder,
+    callbacks: list[L.Callback],
+    checkpoint_every_steps: int,
+) -> tuple[bool, dict[str, float]]:
+    """Train in a run folder, from its last checkpoint where it is resumed.
+
+    Returns:
+        Whether the run came to its end, and the last value of everything that was logged.
+    """
+    last = LastCheckpoint(folder.path, checkpoint_every_steps)
+    throughput = Throughput(data.global_batch)
+    bar = progress(throughput)
+    engine = L.Trainer(
+        **trainer,
+        default_root_dir=folder.path,
+        logger=folder.loggers(),
+        enable_model_summary=False,
+        enable_progress_bar=isinstance(bar, RichProgressBar),
+        # Throughput comes last: what it does not see between two steps is waiting for data.
+        callbacks=[*callbacks, last, bar, throughput],
+    )
+    accumulation = trainer.get("accumulate_grad_batches") or 1
+    data.plan(trainer["max_steps"], engine.world_size, accumulation)
+    _describe(data, engine, accumulation, module)
+    engine.fit(module, data, ckpt_path=folder.resume_from, weights_only=True)
+    if last.stopped_by is not None:
+        say(
+            f"stopped at step {engine.global_step} of {trainer['max_steps']} with a "
+            "checkpoint; go on with the "
+            f"same command and --resume"
+        )
+    metrics = {name: float(value) for name, value in engine.callback_metrics.items()}
+    return last.stopped_by is None, metrics
+
+
+def _describe(data: ShardData, engine: L.Trainer, accumulation: int, module: Scheduled) -> None:
+    """Print what is really applied before the first step."""
+    assert data.stream is not None
+    optim, steps = module.optim, module.steps
+    lines = {
+        "data": data.describe(),
+        "batch": f"{data.global_batch} = {data.stream.micro_batch} x {engine.world_size} "
+        "processes x "
+        f"{accumulation} accumulated",
+        "length": f"{steps:,} steps, {steps / module.steps_per_epoch:.4g} epochs of "
+        f"{module.steps_per_epoch}",
+        "lr": f"{optim.lr(data.global_batch):.4g} = base_lr {optim.base_lr:g} x "
+        f"{data.global_batch} / 256, "
+        f"warm-up {optim.warmup_epochs:g} epochs, cosine to {optim.min_lr:g}",
+        "precision": f"{engine.precision}",
+        "devices": f"{engine.world_size} x {engine.strategy.root_device}, "
+        f"{type(engine.strategy).__name__}",
+        "run folder": str(engine.default_root_dir),
+    }
+    summary = getattr(getattr(module, "model", None), "summary", dict)
+    lines |= summary()
+    say("\n".join(f"{name:<13} {text}" for name, text in lines.items()))

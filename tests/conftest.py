@@ -1,0 +1,56 @@
+"""Shared by all tests: small real shards, and a small pretraining through the command line."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# Two noisy cores: more threads than one make small models slower, and bit-equality needs a fixed
+# number.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+
+from maepretrain.data.write import Arrays, write_shards
+from maepretrain.quickstart import digits
+
+torch.set_num_threads(1)
+
+TINY = [
+    *("--model.encoder_width", "32", "--model.encoder_depth", "2", "--model.encoder_heads", "2"),
+    *("--model.decoder_width", "16", "--model.decoder_heads", "2"),
+    *("--data.global_batch", "24", "--data.num_workers", "0", "--trainer.log_every_n_steps", "1"),
+    *("--optim.warmup_epochs", "1", "--checkpoint_every_steps", "1000000"),
+]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real digits: 150 to train on in 4 uneven shards (train-*.tar), 50 held out (test-*.tar)."""
+    folder = tmp_path_factory.mktemp("shards")
+    train, test = digits()
+    write_shards(Arrays(train.images[:150], train.labels[:150]), folder, "train", 43)
+    write_shards(Arrays(test.images[:50], test.labels[:50]), folder, "test", 43)
+    return folder
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`maepretrain ...` in this process: importing torch and lightning anew costs ten seconds."""
+    from maepretrain.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["maepretrain"])
+    return lambda *argv: main([str(a) for a in argv])
+
+
+@pytest.fixture
+def pretrain_tiny(shards: Path, run_cli: Callable[..., int]) -> Callable[..., int]:
+    """`maepretrain pretrain -c mae/digits` with a tiny model on the small shards; 6 steps an
+    epoch."""
+
+    def pretrain(run: Path, *more: object) -> int:
+        data = ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
+        return run_cli("pretrain", "-c", "mae/digits", *data, "--run", run, *TINY, *more)
+
+    return pretrain

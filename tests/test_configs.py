@@ -1,0 +1,73 @@
+"""Every shipped configuration is built, and the paper's values stand in the paper's recipes."""
+
+from typing import Any
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from maepretrain.cli import configs_folder, find_config, shipped_configs
+from maepretrain.evaluate.finetune import finetune
+from maepretrain.experiments import add_experiment, pretrain_parser
+from maepretrain.training import in_steps
+
+OVERLAYS = {"mae/fast": "mae/vit_base", "mae/epochs_1600": "mae/vit_large"}
+
+
+def parse(name: str) -> Any:
+    parser = ArgumentParser(exit_on_error=False)
+    if name.startswith("mae/"):
+        pretrain_parser(parser)
+        paths = ["--run", "r", "--data.train", "t"]
+    else:
+        parser.add_function_arguments(finetune, skip={"data", "optim", "trainer", "config"})
+        add_experiment(parser)
+        paths = ["--run", "r", "--encoder", "e"]
+    parser.add_argument("-c", action="config")
+    files = [OVERLAYS[name], name] if name in OVERLAYS else [name]
+    return parser.parse_args([a for f in files for a in ("-c", str(find_config(f)))] + paths)
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_config_builds(name: str) -> None:
+    config = parse(name)
+    steps = in_steps(config.trainer.as_dict(), 10)["max_steps"]
+    assert steps == 10 * config.trainer.max_epochs
+    if "model" in config and "huge" not in name:
+        parser = ArgumentParser(exit_on_error=False)
+        pretrain_parser(parser)
+        import torch
+        from torch import nn
+
+        build = ArgumentParser(exit_on_error=False)
+        build.add_argument("--model", type=nn.Module)
+        with torch.device("meta"):
+            model = build.instantiate(build.parse_object({"model": config.model})).model
+        assert model.grid[0] * model.patch_size == config.data.image_size
+        assert model.channels == config.data.channels == len(config.data.mean)
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_header_gives_command_and_result(name: str) -> None:
+    first = (configs_folder() / f"{name}.yaml").read_text().splitlines()[0]
+    assert first.startswith("# maepretrain ")
+    assert "|" in first
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_the_papers_recipe(size: str) -> None:
+    """arXiv 2111.06377, table 8."""
+    config = parse(f"mae/vit_{size}")
+    optim, data, model = config.optim, config.data, config.model.init_args
+    assert (optim.optimizer, optim.base_lr, optim.weight_decay) == ("adamw", 1.5e-4, 0.05)
+    assert (tuple(optim.betas), optim.warmup_epochs, optim.min_lr) == ((0.9, 0.95), 40, 0)
+    assert (data.global_batch, tuple(data.scale), data.flip) == (4096, (0.2, 1.0), 0.5)
+    assert (model.mask_ratio, model.norm_pix, config.trainer.max_epochs) == (0.75, True, 800)
+    assert (model.decoder_width, model.decoder_depth, model.decoder_heads) == (512, 8, 16)
+    assert optim.base_lr * data.global_batch / 256 == pytest.approx(2.4e-3)
+
+
+def test_overlays_change_only_what_they_say() -> None:
+    assert parse("mae/epochs_1600").trainer.max_epochs == 1600
+    fast = parse("mae/fast")
+    assert (fast.model.init_args.mask_ratio, fast.model.init_args.decoder_depth) == (0.9, 2)
+    assert fast.model.init_args.decoder_width == 512

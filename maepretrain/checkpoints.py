@@ -91,7 +91,7 @@ def load_official(
     Raises:
         ValueError: names or shapes that are not exactly the model's.
     """
-    decoder = any(name == "mask_token" or name.startswith("decoder_") for name in weights)
+    decoder = any(name.startswith("decoder_") for name in weights)
     own = official_weights(model, decoder)
     both = own.keys() & weights.keys()
     shapes = {name: (tuple(weights[name].shape), tuple(own[name].shape)) for name in both}

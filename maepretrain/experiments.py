@@ -9,10 +9,9 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import nn
 
-from maepretrain.cli import allow_bare_flags
+from maepretrain.arguments import allow_bare_flags, make_parser
 from maepretrain.data.module import ShardData
 from maepretrain.distributed import quiet_lightning
-from maepretrain.evaluate.finetune import finetune
 from maepretrain.models.mae import MaskedAutoencoder  # noqa: F401  a short class name for configs
 from maepretrain.optim import Optimization
 from maepretrain.pretrain import pretrain
@@ -66,20 +65,13 @@ def pretrain_parser(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def pretrain_command(parser: ArgumentParser, argv: list[str]) -> int:
+def pretrain_command(argv: list[str]) -> int:
     """The verb `pretrain`; 0 when it came to its end, 130 when it was stopped."""
-    pretrain_parser(parser)
-    return _run(pretrain, parser, argv)
+    return run_experiment(pretrain, pretrain_parser(make_parser("pretrain")), argv)
 
 
-def finetune_command(parser: ArgumentParser, argv: list[str]) -> int:
-    """The verb `finetune`."""
-    parser.add_function_arguments(finetune, skip={"data", "optim", "trainer", "config"})
-    add_experiment(parser)
-    return _run(finetune, parser, argv)
-
-
-def _run(function: Any, parser: ArgumentParser, argv: list[str]) -> int:
+def run_experiment(function: Any, parser: ArgumentParser, argv: list[str]) -> int:
+    """Parse, seed, build the objects and call; the resolved configuration goes along as YAML."""
     quiet_lightning()
     allow_bare_flags(parser)
     config = parser.parse_args(argv)

@@ -17,6 +17,7 @@ from sklearn.model_selection import train_test_split
 
 from maepretrain.data.write import Arrays, write_shards
 from maepretrain.evaluate.table import probe
+from maepretrain.experiments import pretrain_command
 
 
 def digits() -> tuple[Arrays, Arrays]:
@@ -37,8 +38,6 @@ def quickstart(dst: Path = Path("quickstart"), epochs: int = 200) -> int:
         dst: folder for shards and run; made anew.
         epochs: length of the pretraining.
     """
-    from maepretrain.cli import main
-
     began = time.perf_counter()
     shards, run = dst / "shards", dst / "run"
     for folder in (shards, run):
@@ -50,7 +49,7 @@ def quickstart(dst: Path = Path("quickstart"), epochs: int = 200) -> int:
     command += ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
     command += ["--trainer.max_epochs", str(epochs)]
     print("\nmaepretrain " + " ".join(command))
-    code = main(command)
+    code = pretrain_command(command[1:])
     if code:
         return code
     console = Console()

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from maepretrain import __version__
-from maepretrain.cli import VERBS, UserError, check_torch_pair, find_config, shipped_configs
+from maepretrain.arguments import UserError, find_config, shipped_configs
+from maepretrain.cli import VERBS, check_torch_pair
 
 Run = Callable[..., int]
 

@@ -3,11 +3,13 @@
 from typing import Any
 
 import pytest
+import torch
 from jsonargparse import ArgumentParser
+from torch import nn
 
-from maepretrain.cli import configs_folder, find_config, shipped_configs
-from maepretrain.evaluate.finetune import finetune
-from maepretrain.experiments import add_experiment, pretrain_parser
+from maepretrain.arguments import configs_folder, find_config, shipped_configs
+from maepretrain.evaluate.finetune import finetune_parser
+from maepretrain.experiments import pretrain_parser
 from maepretrain.training import in_steps
 
 OVERLAYS = {"mae/fast": "mae/vit_base", "mae/epochs_1600": "mae/vit_large"}
@@ -19,8 +21,7 @@ def parse(name: str) -> Any:
         pretrain_parser(parser)
         paths = ["--run", "r", "--data.train", "t"]
     else:
-        parser.add_function_arguments(finetune, skip={"data", "optim", "trainer", "config"})
-        add_experiment(parser)
+        finetune_parser(parser)
         paths = ["--run", "r", "--encoder", "e"]
     parser.add_argument("-c", action="config")
     files = [OVERLAYS[name], name] if name in OVERLAYS else [name]
@@ -33,11 +34,6 @@ def test_config_builds(name: str) -> None:
     steps = in_steps(config.trainer.as_dict(), 10)["max_steps"]
     assert steps == 10 * config.trainer.max_epochs
     if "model" in config and "huge" not in name:
-        parser = ArgumentParser(exit_on_error=False)
-        pretrain_parser(parser)
-        import torch
-        from torch import nn
-
         build = ArgumentParser(exit_on_error=False)
         build.add_argument("--model", type=nn.Module)
         with torch.device("meta"):

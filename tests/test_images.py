@@ -261,6 +261,9 @@ def test_boxes_are_distributed_as_torchvisions(h: int, w: int, scale: Any, ratio
         "area": lambda box: box[:, 2] * box[:, 3],
         "ratio": lambda box: box[:, 3] / box[:, 2],
         "free rows above": lambda box: box[:, 0] / (h - box[:, 2] + 1),
+        "rows against columns": lambda box: (
+            box[:, 0] / (h - box[:, 2] + 1) - box[:, 1] / (w - box[:, 3] + 1)
+        ),
     }.items():
         assert cast(Any, ks_2samp(measure(ours), measure(truth))).pvalue > 1e-3, name
 

@@ -31,8 +31,8 @@ def test_configs_travel_inside_the_wheel(tmp_path: Path) -> None:
     # The checkout itself is not on the path: -P keeps the current folder out, cwd is elsewhere.
     code = (
         f"import sys; sys.path.insert(0, {str(inside)!r})\n"
-        "import maepretrain, maepretrain.cli as cli\n"
-        "print(maepretrain.__file__, cli.find_config('mae/digits'))"
+        "import maepretrain, maepretrain.arguments as arguments\n"
+        "print(maepretrain.__file__, arguments.find_config('mae/digits'))"
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60

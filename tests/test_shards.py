@@ -299,6 +299,16 @@ def test_a_tar_cut_anywhere_is_refused(tmp_path: Path, form: int):
     np.testing.assert_array_equal(scan(cut)[1].offset, scan(tmp_path / "whole.tar")[1].offset)
 
 
+@pytest.mark.parametrize("size", [10_000, -512, -1024])
+def test_a_member_that_says_a_wrong_size_is_named(tmp_path: Path, size: int):
+    """A negative size would send a reader round in circles."""
+    member = tarfile.TarInfo("folder/a.jpg")
+    member.size = size
+    (tmp_path / "s.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + image(0, 2000))
+    with pytest.raises(ShardError, match=r"s.tar is .* it ends inside member folder/a.jpg"):
+        scan(tmp_path / "s.tar")
+
+
 def not_a_tar(name: str) -> bytes:
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as file:

@@ -10,9 +10,11 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maepretrain.arguments import make_parser
 from maepretrain.checkpoints import read_weights
 from maepretrain.data.module import Batch, ShardData, ShardIndex
 from maepretrain.distributed import say
+from maepretrain.experiments import add_experiment, read_model, run_experiment
 from maepretrain.optim import Optimization
 from maepretrain.randomness import permutation
 from maepretrain.runs import RunFolder
@@ -148,8 +150,6 @@ def finetune(
     Raises:
         ValueError: no labels, a fraction outside (0, 1], a run folder that holds another run.
     """
-    from maepretrain.experiments import read_model
-
     if threads:
         torch.set_num_threads(threads)
     classes = _count_classes(data.index, data.val_index)
@@ -177,3 +177,15 @@ def finetune(
             (run / "results.json").write_text(json.dumps(result, indent=1) + "\n")
             say(f"accuracy on held-out images: {result['accuracy']:.4f}  ({run}/results.json)")
     return ended
+
+
+def finetune_parser(parser: Any) -> Any:
+    """`finetune`: options from its signature, sections shared with `pretrain`."""
+    parser.add_function_arguments(finetune, skip={"data", "optim", "trainer", "config"})
+    add_experiment(parser)
+    return parser
+
+
+def finetune_command(argv: list[str]) -> int:
+    """The verb `finetune`; 0 when it came to its end, 130 when it was stopped."""
+    return run_experiment(finetune, finetune_parser(make_parser("finetune")), argv)

@@ -19,6 +19,7 @@ from maepretrain.evaluate.features import embed
 from maepretrain.evaluate.finetune import choose_fraction
 from maepretrain.evaluate.knn import knn_accuracy
 from maepretrain.evaluate.probe import linear_probe
+from maepretrain.experiments import read_model, read_run_data
 from maepretrain.training import Normalise
 
 Encode = Callable[[Tensor], Tensor]
@@ -51,8 +52,6 @@ def probe(
     Raises:
         ValueError: no run, no held-out shards, no labels.
     """
-    from maepretrain.experiments import read_model, read_run_data
-
     data = read_run_data(encoder, train, test)
     if data.val_index is None:
         raise ValueError("there are no held-out shards to test on: give --test")
@@ -62,7 +61,7 @@ def probe(
     if label_fraction < 1:
         data.choose(choose_fraction(labels, label_fraction, seed))
     results = {}
-    for name, encode in _encoders(encoder, data, baselines, read_model).items():
+    for name, encode in _encoders(encoder, data, baselines).items():
         bank, labels = _features(encode, data, data.index)
         query, truth = _features(encode, data, data.val_index)
         results[name] = _score(bank, labels, query, truth, k)
@@ -84,9 +83,7 @@ def _score(bank: Tensor, labels: Tensor, query: Tensor, truth: Tensor, k: int) -
     }
 
 
-def _encoders(
-    run: Path, data: ShardData, baselines: bool, read_model: Callable[[Path], Any]
-) -> dict[str, Encode]:
+def _encoders(run: Path, data: ShardData, baselines: bool) -> dict[str, Encode]:
     """Functions from uint8 images to features, in the order of the table's rows."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     normalise = Normalise(data.mean, data.std).to(device)

@@ -37,6 +37,7 @@ OURS: set[str | int] = {
     "limit_predict_batches",
     "barebones",
     "model_registry",
+    "plugins",
 }
 
 

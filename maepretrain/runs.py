@@ -7,14 +7,18 @@ RUN/config.yaml  metrics.csv  events.out.tfevents.*  checkpoints/{last,best,...}
 import csv
 import fcntl
 import shutil
+from io import StringIO
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 import yaml
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from maepretrain.data.shards import replacing
 from maepretrain.distributed import is_rank_zero, say
 
 # What a run that failed before its first checkpoint may leave.
@@ -83,9 +87,8 @@ class RunFolder:
             p.name not in LEFT_BEHIND and "tfevents" not in p.name for p in self.path.iterdir()
         ):
             raise ValueError(f"folder {self.path} is not empty and holds no run: take another one")
-        temporary = saved.with_suffix(".yaml.part")
-        temporary.write_text(self._config)
-        temporary.replace(saved)
+        with replacing(saved) as file:
+            file.write(self._config.encode())
 
     def _existing_run(self, saved: Path) -> None:
         if self._overwrite:
@@ -110,8 +113,16 @@ class RunFolder:
         step = None
         if self.resume_from is not None:
             # mmap: only the counter is wanted, not gigabytes of weights
-            state = torch.load(self.resume_from, map_location="cpu", weights_only=True, mmap=True)
-            step = int(state["global_step"])
+            try:
+                state = torch.load(
+                    self.resume_from, map_location="cpu", weights_only=True, mmap=True
+                )
+                step = int(state["global_step"])
+            except Exception as error:
+                raise ValueError(
+                    f"checkpoint {self.resume_from} cannot be read ({type(error).__name__}); put "
+                    f"another one of {self.resume_from.parent} in its place"
+                ) from error
         folder = str(self.path)
         return [
             AppendingCSVLogger(folder, keep_until=step),
@@ -137,6 +148,23 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that take their name when they are whole, in the same folder.
+
+    Lightning's own go through the system's temporary folder: where that is another disk, a full
+    disk or a kill leaves half a file under the name of the last good checkpoint.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Save to a temporary name beside `path` and rename."""
+        whole = Path(path)
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(whole) as file:
+            torch.save(checkpoint, file)
 
 
 class AppendingCSVLogger(CSVLogger):
@@ -173,9 +201,9 @@ class _AppendingWriter(ExperimentWriter):
             # A row carries the number of steps before its own.
             rows = [row for row in reader if int(row["step"]) < self._keep_until]
             self.metrics_keys = list(reader.fieldnames or [])
-        temporary = path.with_suffix(".csv.part")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.metrics_keys)
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(path)
+        text = StringIO()
+        writer = csv.DictWriter(text, self.metrics_keys)
+        writer.writeheader()
+        writer.writerows(rows)
+        with replacing(path) as file:
+            file.write(text.getvalue().encode())

@@ -19,7 +19,7 @@ from maepretrain.callbacks import LastCheckpoint, Throughput, progress
 from maepretrain.data.module import Batch, ShardData
 from maepretrain.distributed import say
 from maepretrain.optim import Group, Optimization, describe
-from maepretrain.runs import RunFolder
+from maepretrain.runs import RunFolder, WholeCheckpointIO
 
 
 class Normalise(nn.Module):
@@ -130,6 +130,7 @@ def in_steps(trainer: dict[str, Any], steps_per_epoch: int) -> dict[str, Any]:
         "check_val_every_n_epoch": None,
         "use_distributed_sampler": False,
         "num_sanity_val_steps": 0,
+        "log_every_n_steps": min(arguments.get("log_every_n_steps") or 50, steps),
     }
 
 
@@ -154,6 +155,7 @@ def fit(
         default_root_dir=folder.path,
         logger=folder.loggers(),
         enable_model_summary=False,
+        plugins=[WholeCheckpointIO()],
         enable_progress_bar=isinstance(bar, RichProgressBar),
         # Throughput comes last: what it does not see between two steps is waiting for data.
         callbacks=[*callbacks, last, bar, throughput],

@@ -1,0 +1,78 @@
+"""The run folder: what a full disk, a damaged file and a second process leave behind."""
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from maepretrain.runs import AppendingCSVLogger, RunFolder, WholeCheckpointIO, changes
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
+    """A limit on the size of files fails like a full disk does: in the middle of the write."""
+    path, io = tmp_path / "checkpoints" / "last.ckpt", WholeCheckpointIO()
+    io.save_checkpoint({"global_step": 1, "weights": torch.zeros(10)}, path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            io.save_checkpoint({"global_step": 2, "weights": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"half of it")
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    with (
+        RunFolder(tmp_path, resume=True, overwrite=False, config="seed: 0\n") as folder,
+        pytest.raises(ValueError, match=r"last\.ckpt cannot be read"),
+    ):
+        folder.loggers()
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run", resume=False, overwrite=False, config="a: 1\n") as folder:
+        (folder.path / "checkpoints").mkdir()
+        with (
+            pytest.raises(ValueError, match="another process is writing"),
+            RunFolder(tmp_path / "run", resume=True, overwrite=False, config="a: 1\n"),
+        ):
+            pass
+    with RunFolder(tmp_path / "run", resume=True, overwrite=False, config="a: 2\n"):
+        pass
+    assert (tmp_path / "run" / "config.yaml").read_text() == "a: 2\n"
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_no_trace(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RuntimeError),
+        RunFolder(tmp_path / "run", resume=False, overwrite=False, config="a: 1\n"),
+    ):
+        raise RuntimeError
+    assert not (tmp_path / "run").exists()
+
+
+def test_changes_name_every_value_that_differs() -> None:
+    before = "optim: {base_lr: 1, betas: [1, 2]}\nresume: false\nseed: 0\n"
+    now = "optim: {base_lr: 2, betas: [1, 3]}\nresume: true\nrun: a\nseed: 0\n"
+    assert changes(before, now) == [
+        "optim.base_lr: 1 -> 2",
+        "optim.betas: [1, 2] -> [1, 3]",
+        "run: None -> a",
+    ]
+
+
+def test_metrics_go_on_after_the_resumed_step(tmp_path: Path) -> None:
+    first = AppendingCSVLogger(str(tmp_path), keep_until=None)
+    for step in range(4):
+        first.log_metrics({"loss": float(step)}, step)
+    second = AppendingCSVLogger(str(tmp_path), keep_until=2)
+    second.log_metrics({"loss": 20.0, "new": 1.0}, 2)
+    rows = (tmp_path / "metrics.csv").read_text().split()
+    assert rows == ["loss,new,step", "0.0,,0", "1.0,,1", "20.0,1.0,2"]

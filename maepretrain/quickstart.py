@@ -30,13 +30,13 @@ def digits() -> tuple[Arrays, Arrays]:
     return Arrays(images[train], data.target[train]), Arrays(images[test], data.target[test])
 
 
-def quickstart(dst: Path = Path("quickstart"), epochs: int = 200) -> int:
+def quickstart(dst: Path = Path("quickstart"), epochs: int | None = None) -> int:
     """Pretrain a small masked autoencoder on handwritten digits and see that it learnt. No data,
     network or GPU needed.
 
     Args:
         dst: folder for shards and run; made anew.
-        epochs: length of the pretraining.
+        epochs: length of the pretraining; default as the config mae/digits says.
     """
     began = time.perf_counter()
     shards, run = dst / "shards", dst / "run"
@@ -47,7 +47,7 @@ def quickstart(dst: Path = Path("quickstart"), epochs: int = 200) -> int:
     write_shards(test, shards, "test", samples_per_shard=500)
     command = ["pretrain", "-c", "mae/digits", "--run", str(run)]
     command += ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
-    command += ["--trainer.max_epochs", str(epochs)]
+    command += ["--trainer.max_epochs", str(epochs)] if epochs else []
     print("\nmaepretrain " + " ".join(command))
     code = pretrain_command(command[1:])
     if code:

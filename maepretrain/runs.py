@@ -18,8 +18,8 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from maepretrain.data.shards import replacing
 from maepretrain.distributed import is_rank_zero, say
+from maepretrain.files import replacing
 
 # What a run that failed before its first checkpoint may leave.
 LEFT_BEHIND = {".lock", "metrics.csv", "hparams.yaml", "pictures"}

@@ -31,12 +31,12 @@ from maepretrain.data.shards import (
     make_indexes,
     open_shards,
     read_head,
-    replacing,
     scan,
     summary,
     write_index,
 )
 from maepretrain.data.store import LocalStore
+from maepretrain.files import replacing
 
 Files = dict[str, bytes]
 Row = tuple[str, str, bytes, int]

@@ -15,17 +15,17 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
 from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any, cast
-from uuid import uuid4
 
 import numpy as np
 from braceexpand import braceexpand
 from rich.progress import track
+
+from maepretrain.files import replacing
 
 INDEX_VERSION = 1
 INPUT_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "npy")
@@ -223,27 +223,6 @@ def read_head(path: Path) -> Shard:
             f"{shard.bytes}; run `maepretrain shards index {path}`"
         )
     return shard
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its name when it is whole: an error or a stop leaves what was there.
-
-    An OSError names a file also where the system does not (a full disk).
-    """
-    # Not a process id: nodes that share the disk may write the same file.
-    temporary = path.with_name(f"{path.name}.{uuid4().hex[:12]}.part")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_index(path: Path, head: dict[str, Any], columns: Columns) -> None:

@@ -35,11 +35,11 @@ from maepretrain.data.shards import (
     in_processes,
     index_path,
     read_head,
-    replacing,
     scan,
     summary,
     write_index,
 )
+from maepretrain.files import replacing
 
 # What a file of an image folder must be called; what it holds is read from its bytes.
 IMAGE_SUFFIXES = (

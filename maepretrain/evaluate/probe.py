@@ -38,7 +38,9 @@ def linear_probe(
     """
     if len(labels.unique()) < 2:
         raise ValueError(f"a probe needs two classes or more; all labels are {int(labels[0])}")
-    mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
+    mean, std = train.mean(0), train.std(0)
+    # A feature that is constant but for rounding must not be blown up to noise.
+    std = std.clamp_min(1e-3 * float(std.max()) + 1e-12)
     x, y = ((train - mean) / std).numpy(), labels.numpy()
     if strength is None:
         strength = _choose(x, y, max_iterations)

@@ -66,7 +66,7 @@ def probe(
         query, truth = _features(encode, data, data.val_index)
         results[name] = _score(bank, labels, query, truth, k)
         if name == "raw pixels":
-            pca = PCA(min(64, *bank.shape), random_state=0).fit(bank.numpy())
+            pca = PCA(min(64, len(bank) - 1, bank.shape[1]), random_state=0).fit(bank.numpy())
             bank, query = (
                 torch.from_numpy(pca.transform(x.numpy())).float() for x in (bank, query)
             )

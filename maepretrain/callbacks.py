@@ -237,8 +237,8 @@ class LiveEvaluation(L.Callback):
     """Linear probe and k-NN on held-out labels at each validation, outside the engine.
 
     The bank is the first `bank` training samples, centre-cropped; the questions are the held-out
-    samples. Nothing of it touches the
-    model's gradients or a random generator, so the loss curve is bit-equal with it on or off.
+    samples. Nothing of it touches the model's gradients or a random generator, so the loss curve is
+    bit-equal with it on or off.
 
     Args:
         bank: labelled training samples to fit on.

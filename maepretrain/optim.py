@@ -2,9 +2,8 @@
 layer decay, warm-up, cosine.
 
 The learning rate is a pure function of the step, set before each step. There is no scheduler whose
-saved state could bring an
-old learning rate back on a resume, and the hyperparameters of a resumed optimizer are set anew from
-the configuration.
+saved state could bring an old learning rate back on a resume, and the hyperparameters of a resumed
+optimizer are set anew from the configuration.
 """
 
 import math

@@ -2,8 +2,7 @@
 printed first.
 
 A run is one Lightning epoch over a stream of micro-batches (see `data/module.py`), so the Trainer
-counts steps and epochs are ours to
-convert.
+counts steps and epochs are ours to convert.
 """
 
 from typing import Any, cast
@@ -180,6 +179,7 @@ def _describe(data: ShardData, engine: L.Trainer, accumulation: int, module: Sch
     optim, steps = module.optim, module.steps
     lines = {
         "data": data.describe(),
+        "held out": data.describe_held_out(engine.world_size),
         "batch": f"{data.global_batch} = {data.stream.micro_batch} x {engine.world_size} "
         "processes x "
         f"{accumulation} accumulated",

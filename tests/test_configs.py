@@ -12,7 +12,12 @@ from maepretrain.evaluate.finetune import finetune_parser
 from maepretrain.experiments import pretrain_parser
 from maepretrain.training import in_steps
 
-OVERLAYS = {"mae/fast": "mae/vit_base", "mae/epochs_1600": "mae/vit_large"}
+OVERLAYS = {
+    "mae/fast": "mae/vit_base",
+    "mae/epochs_1600": "mae/vit_large",
+    "eval/few_labels": "eval/finetune_fashion_mnist",
+    "eval/from_scratch": "eval/finetune_fashion_mnist",
+}
 
 
 def parse(name: str) -> Any:

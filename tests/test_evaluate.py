@@ -119,7 +119,7 @@ def test_finetuning_a_run_beats_chance_and_says_so(
     result = json.loads((tmp_path / "tuned" / "results.json").read_text())
     assert result["accuracy"] > 0.25  # 50 images, chance .1
     assert result["labels"] == 150
-    few = ["--label_fraction", 0.5, "--scratch", "--trainer.max_epochs", 1]
+    few = ["-c", "eval/from_scratch", "--label_fraction", 0.5, "--trainer.max_epochs", 1]
     assert run_cli("finetune", *options, *few, "--run", tmp_path / "few") == 0
     assert json.loads((tmp_path / "few" / "results.json").read_text())["labels"] == 75
 

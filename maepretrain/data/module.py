@@ -1,10 +1,8 @@
-"""The LightningDataModule: shards in, batches of uint8 images out, resumable at any step on any
-number of processes.
+"""The LightningDataModule: shards in, batches of uint8 images out, resumable at any step.
 
 The whole run is one Lightning epoch over a stream of micro-batches; epochs are counted by
-`EpochOrder`. That is what makes a
-resume exact: the position of the stream is the number of samples that the training loop consumed,
-and nothing else.
+`EpochOrder`. That is what makes a resume exact: the position of the stream is the number of samples
+that the training loop consumed, and nothing else.
 """
 
 from collections.abc import Iterator
@@ -167,9 +165,8 @@ class Stream(Sampler[list[int]]):
     """The micro-batches of one rank for the whole run, from the sample `start` on.
 
     Global step g holds positions g*B .. (g+1)*B - 1. Rank r owns the r-th of W equal parts of it,
-    and its micro-batch m the m-th
-    of A equal parts of that, so world size and accumulation change who reads what and never what a
-    step reads.
+    and its micro-batch m the m-th of A equal parts of that, so world size and accumulation change
+    who reads what and never what a step reads.
     """
 
     def __init__(
@@ -310,6 +307,13 @@ class ShardData(L.LightningDataModule):
         return line + (
             f"; {-left} repeated in each epoch to fill the last batch" if left < 0 else ""
         )
+
+    def describe_held_out(self, world_size: int) -> str:
+        """What validation reads, and what it leaves out so that all processes take equal steps."""
+        if self.val_index is None:
+            return "none"
+        dropped = Numbered(len(self.val_index), 1, world_size).dropped
+        return summary(self.val_index.shards) + (f"; {dropped} left out" if dropped else "")
 
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.stream is not None, "plan() comes first"

@@ -113,9 +113,8 @@ def _features(encode: Encode, data: ShardData, index: ShardIndex) -> tuple[Tenso
 
 def print_table(results: dict[str, dict[str, float]], k: int, train: int, test: int) -> None:
     """The table for people."""
-    table = Table(
-        title=f"accuracy on {test:,} held-out images, {train:,} labelled", title_justify="left"
-    )
+    print(f"accuracy on {test:,} held-out images, {train:,} labelled")
+    table = Table()
     table.add_column("features")
     for column in ("linear probe", f"k-NN ({k})"):
         table.add_column(column, justify="right")

@@ -58,8 +58,8 @@ def quickstart(dst: Path = Path("quickstart"), epochs: int | None = None) -> int
     losses = [float(row["val_loss"]) for row in rows if row.get("val_loss")]
     minutes = (time.perf_counter() - began) / 60
     print(
-        f"held-out loss {losses[-1]:.4f}, {np.median(speed):.0f} img/s, {minutes:.1f} minutes in all;\n"
-        f"the linear probe gains {100 * gain:.1f} points over the same encoder at random "
+        f"held-out loss {losses[-1]:.4f}, {np.median(speed):.0f} img/s, {minutes:.1f} minutes "
+        f"in all;\nthe linear probe gains {100 * gain:.1f} points over the same encoder at random "
         "initialisation"
     )
     picture = max((run / "pictures").glob("*.png"))

@@ -16,33 +16,44 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from maepretrain.data.module import Batch, ShardData, ShardIndex
-from maepretrain.distributed import say
+from maepretrain.distributed import is_rank_zero, say
 from maepretrain.evaluate.features import embed
 from maepretrain.evaluate.knn import knn_accuracy
 from maepretrain.evaluate.probe import linear_probe
 from maepretrain.plots import reconstruction_grid
+from maepretrain.randomness import permutation
+from maepretrain.runs import RunFolder
 
 
 class LastCheckpoint(L.Callback):
-    """Keeps `checkpoints/last.ckpt`: every so many steps, at the last step, and at the step
-    boundary after Ctrl-C or SIGTERM.
+    """Saves at step boundaries: every so many steps, at the end, and on Ctrl-C or SIGTERM.
 
-    Lightning alone leaves in the middle of a step without a checkpoint. A second Ctrl-C ends at
+    Lightning alone leaves in the middle of a step without a checkpoint. Where a validation is due
+    at the same step, it runs first, so that a resume has nothing to repeat. A second Ctrl-C ends at
     once.
 
     Args:
-        run: the run folder.
+        folder: the run folder.
         every: optimizer steps between two saves.
+        keep_every: steps between two checkpoints `step=N.ckpt` that are kept; None keeps none.
+
+    Raises:
+        ValueError: a number of steps below 1.
     """
 
-    def __init__(self, run: Path, every: int) -> None:
-        self.path, self.every = run / "checkpoints" / "last.ckpt", every
-        self.stopped_by: int | None = None
+    def __init__(self, folder: RunFolder, every: int, keep_every: int | None = None) -> None:
+        for name, steps in (("checkpoint_every_steps", every), ("keep_every_steps", keep_every)):
+            if steps is not None and steps < 1:
+                raise ValueError(f"{name} {steps} must be at least 1")
+        self.folder, self.every, self.keep_every = folder, every, keep_every
+        self.stopped = False
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
         self._saved = -1
+        self._stop = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.folder.begin()
         self._saved = trainer.global_step
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -50,13 +61,10 @@ class LastCheckpoint(L.Callback):
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._signal = number
-        signal.signal(
-            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        )
-        print(
-            "\nstopping at the next step with a checkpoint; once more to stop at once",
-            file=sys.stderr,
-        )
+        again = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, again)
+        if is_rank_zero():
+            print("\nstopping at the next step with a checkpoint; again: at once", file=sys.stderr)
 
     def on_train_batch_end(
         self,
@@ -68,15 +76,26 @@ class LastCheckpoint(L.Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # a checkpoint here would lose the gradients gathered so far
-        stop = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+        self._stop = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+        validates = trainer.enable_validation and cast(Any, trainer).val_check_batch
+        if not validates or (batch_idx + 1) % validates:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
         step = trainer.global_step
         ended = step >= trainer.max_steps
-        if (stop or ended or step % self.every == 0) and step != self._saved:
-            trainer.save_checkpoint(self.path)
-            self._saved = step
-        if stop and not ended:
-            self.stopped_by = self._signal or signal.SIGTERM
-            trainer.limit_val_batches = 0
+        folder = self.folder.path / "checkpoints"
+        if step != self._saved and (self._stop or ended or step % self.every == 0):
+            trainer.save_checkpoint(folder / "last.ckpt")
+        if step != self._saved and self.keep_every and step % self.keep_every == 0:
+            trainer.save_checkpoint(folder / f"step={step}.ckpt")
+        self._saved = step
+        if self._stop and not ended:
+            self.stopped = True
             trainer.should_stop = True
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -98,7 +117,7 @@ class Throughput(L.Callback):
         self.img_per_s = self.data_wait = 0.0
         self._started = self._ended = time.perf_counter()
         self._waited = self._elsewhere = 0.0
-        self._step = 0
+        self._step, self._validated = 0, False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restart(trainer.global_step)
@@ -111,7 +130,10 @@ class Throughput(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._waited += time.perf_counter() - self._ended
+        # After a validation the time also went into the best checkpoint, which is written last.
+        if not self._validated:
+            self._waited += time.perf_counter() - self._ended
+        self._validated = False
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._elsewhere -= time.perf_counter()
@@ -119,7 +141,7 @@ class Throughput(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         now = time.perf_counter()
         self._elsewhere += now
-        self._ended = now
+        self._ended, self._validated = now, True
 
     def on_train_batch_end(
         self,
@@ -244,13 +266,27 @@ class LiveEvaluation(L.Callback):
         bank: labelled training samples to fit on.
     """
 
-    def __init__(self, bank: int) -> None:
-        self.bank = bank
+    def __init__(self, bank: int, k: int = 20) -> None:
+        if bank < k:
+            raise ValueError(f"live_probe {bank} must be at least {k}, the neighbours of its k-NN")
+        self.size, self.k = bank, k
+        self.bank: ShardIndex | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Choose the bank, and find out now, not hours later, whether it can be used."""
+        data = cast(ShardData, cast(Any, trainer).datamodule)
+        assert data.val_index is not None
+        chosen = permutation(0, "bank", len(data.index))[: self.size]
+        self.bank = data.index.choose(chosen.sort().values)
+        labels = self.bank.labels()
+        if min(int(labels.min()), int(data.val_index.labels().min())) < 0:
+            raise ValueError("live_probe needs a label for every sample of data.train and data.val")
+        if len(labels) < self.k or len(labels.unique()) < 2:
+            raise ValueError(f"live_probe needs {self.k} samples of two classes or more")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module, data = cast(Any, pl_module), cast(ShardData, cast(Any, trainer).datamodule)
-        assert data.val_index is not None
-        bank = data.index.choose(torch.arange(min(self.bank, len(data.index))))
+        assert data.val_index is not None and self.bank is not None
 
         def features(index: ShardIndex) -> tuple[Tensor, Tensor]:
             return embed(
@@ -260,14 +296,10 @@ class LiveEvaluation(L.Callback):
                 world_size=trainer.world_size,
             )
 
-        train, labels = features(bank)
+        train, labels = features(self.bank)
         test, truth = features(data.val_index)
-        if min(int(labels.min()), int(truth.min())) < 0:
-            raise ValueError(
-                "live_probe needs a label for every sample of its bank and of data.val"
-            )
         values = {
             "val_probe": linear_probe(train, labels, test, truth, strength=0.3, max_iterations=200),
-            "val_knn": knn_accuracy(test, truth, train, labels, k=20),
+            "val_knn": knn_accuracy(test, truth, train, labels, k=self.k),
         }
         pl_module.log_dict(values, rank_zero_only=False, sync_dist=False, prog_bar=True)

@@ -63,6 +63,9 @@ def _quickstart(argv: list[str]) -> int:
 
 
 def _shards(argv: list[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        print("maepretrain shards write SRC DST | shards index PATTERN...   (--help for each)")
+        return 0
     if not argv or argv[0] not in ("write", "index"):
         raise UserError("shards needs one of: write, index")
     from maepretrain.data import commands

@@ -29,5 +29,7 @@ def quiet_lightning() -> None:
     # True of plain loaders; ours is a stream that knows where it stopped.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # A run that is resumed or overwritten; the run folder has seen to that.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # Without held-out shards there is no validation, which the configuration says.
     warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero")

@@ -10,8 +10,9 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import nn
 
 from maepretrain.arguments import allow_bare_flags, make_parser
+from maepretrain.checkpoints import read_weights
 from maepretrain.data.module import ShardData
-from maepretrain.distributed import quiet_lightning
+from maepretrain.distributed import is_rank_zero, quiet_lightning
 from maepretrain.models.mae import MaskedAutoencoder  # noqa: F401  a short class name for configs
 from maepretrain.optim import Optimization
 from maepretrain.pretrain import pretrain
@@ -80,7 +81,9 @@ def run_experiment(function: Any, parser: ArgumentParser, argv: list[str]) -> in
     resolved = parser.dump(config)
     torch.manual_seed(config.seed)
     arguments = parser.instantiate(config).as_dict()
-    return 0 if function(**arguments, config=resolved) else 130
+    ended = function(**arguments, config=resolved)
+    # Lightning kills the process that started the others when one of them exits with an error.
+    return 0 if ended or not is_rank_zero() else 130
 
 
 def _read_config(run: Path) -> Namespace:
@@ -95,7 +98,21 @@ def _read_config(run: Path) -> Namespace:
 
 
 def read_model(run: Path) -> nn.Module:
-    """The model of a pretraining run, at its own random initial values.
+    """The model of a pretraining run with the weights of its last checkpoint.
+
+    Raises:
+        ValueError: a folder that holds no pretraining run, or one of another model.
+    """
+    model, path = fresh_model(run), run / "checkpoints" / "last.ckpt"
+    try:
+        model.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model of {run}/config.yaml: {error}") from error
+    return model
+
+
+def fresh_model(run: Path, seed: int | None = None) -> nn.Module:
+    """The model of a pretraining run at random initial values, by default its own.
 
     Raises:
         ValueError: a folder that holds no pretraining run.
@@ -103,7 +120,7 @@ def read_model(run: Path) -> nn.Module:
     config = _read_config(run)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model", type=nn.Module)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed if seed is None else seed)
     return parser.instantiate(parser.parse_object({"model": config.model})).model
 
 

@@ -64,22 +64,30 @@ class Optimization:
         done = (step - warmup) / max(1.0, steps - warmup)
         return self.min_lr + (peak - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-    def groups(self, layers: list[list[nn.Parameter]], rest: Iterable[nn.Parameter]) -> list[Group]:
+    def groups(
+        self,
+        layers: list[list[nn.Parameter]],
+        rest: Iterable[nn.Parameter],
+        undecayed: Iterable[nn.Parameter] = (),
+    ) -> list[Group]:
         """Parameter groups with `lr_scale`: per layer and rest, each split into decayed and not
         decayed.
 
         Args:
             layers: the encoder's parameters from input to output.
             rest: all other parameters (decoder, head), at the full learning rate.
+            undecayed: parameters without weight decay besides the vectors.
         """
-        scales = [self.layer_decay ** (len(layers) - i) for i in range(len(layers))]
+        # The last layer (the final norm) goes with the head, as in the official `lr_decay.py`.
+        scales = [self.layer_decay ** (len(layers) - 1 - i) for i in range(len(layers))]
         if self.layer_decay == 1.0:
             layers, scales = [[p for layer in layers for p in layer]], [1.0]
         groups: list[Group] = []
+        exempt = {id(p) for p in undecayed}
         for layer, scale in zip([*layers, list(rest)], [*scales, 1.0], strict=True):
             trained = [p for p in layer if p.requires_grad]
             for decayed in (True, False):
-                chosen = [p for p in trained if (p.ndim > 1) == decayed]
+                chosen = [p for p in trained if (p.ndim > 1 and id(p) not in exempt) == decayed]
                 if chosen:
                     decay = self.weight_decay if decayed else 0.0
                     groups.append({"params": chosen, "weight_decay": decay, "lr_scale": scale})

@@ -4,18 +4,17 @@
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from maepretrain.callbacks import LiveEvaluation, ReconstructionGrid
+from maepretrain.callbacks import LastCheckpoint, LiveEvaluation, ReconstructionGrid
 from maepretrain.data.module import Batch, ShardData
 from maepretrain.optim import Optimization
 from maepretrain.runs import RunFolder
-from maepretrain.training import Scheduled, fit, in_steps
+from maepretrain.training import Scheduled, fit, in_steps, set_threads
 
 
 class Pretrain(Scheduled):
@@ -26,6 +25,10 @@ class Pretrain(Scheduled):
     ) -> None:
         super().__init__(optim, data, steps, seed)
         self.model = model
+
+    def summary(self) -> dict[str, str]:
+        """What the model says of itself."""
+        return cast(Any, self.model).summary() if hasattr(self.model, "summary") else {}
 
     def losses(self, batch: Batch) -> Batch:
         """What the model returns for a batch of uint8 images."""
@@ -88,8 +91,7 @@ def pretrain(
         ValueError: a run folder that holds another run, sizes that do not divide, a stream that
             cannot be resumed.
     """
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     arguments = in_steps(trainer, data.order.steps_per_epoch)
     callbacks: list[L.Callback] = []
     with RunFolder(run, resume, overwrite, config) as folder:
@@ -101,19 +103,14 @@ def pretrain(
                 callbacks.append(LiveEvaluation(live_probe))
         elif live_probe:
             raise ValueError("live_probe needs held-out shards: set data.val")
-        if keep_every_steps:
-            callbacks.append(_kept(folder.path, keep_every_steps))
+        last = LastCheckpoint(folder, checkpoint_every_steps, keep_every_steps)
         if compile:
             model.compile()
         module = Pretrain(model, optim, data, arguments["max_steps"], seed)
-        return fit(module, data, arguments, folder, callbacks, checkpoint_every_steps)[0]
+        return fit(module, data, arguments, folder, callbacks, last)[0]
 
 
 def _best(run: Path) -> ModelCheckpoint:
     return ModelCheckpoint(
         run / "checkpoints", "best", monitor="val_loss", enable_version_counter=False
     )
-
-
-def _kept(run: Path, every: int) -> ModelCheckpoint:
-    return ModelCheckpoint(run / "checkpoints", "{step}", every_n_train_steps=every, save_top_k=-1)

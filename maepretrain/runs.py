@@ -7,6 +7,7 @@ RUN/config.yaml  metrics.csv  events.out.tfevents.*  checkpoints/{last,best,...}
 import csv
 import fcntl
 import shutil
+import time
 from io import StringIO
 from pathlib import Path
 from typing import IO, Any
@@ -21,8 +22,17 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from maepretrain.distributed import is_rank_zero, say
 from maepretrain.files import replacing
 
-# What a run that failed before its first checkpoint may leave.
-LEFT_BEHIND = {".lock", "metrics.csv", "hparams.yaml", "pictures"}
+# Seconds for which a lock is tried.
+LOCK_ATTEMPTS = 8
+NAMES = {
+    *("config.yaml", "metrics.csv", "hparams.yaml", "results.json", "probe.json"),
+    *("checkpoints", "pictures"),
+}
+
+
+def _of_a_run(path: Path) -> bool:
+    """Whether a run makes something of this name."""
+    return path.name in NAMES or path.name.startswith("events.out.tfevents.")
 
 
 class RunFolder:
@@ -45,11 +55,12 @@ class RunFolder:
         self.path = path
         self._resume, self._overwrite, self._config = resume, overwrite, config
         self._lock: IO[str] | None = None
+        self._old: list[Path] = []
+        self._began = False
         self.resume_from: Path | None = None
 
     def __enter__(self) -> "RunFolder":
-        # Other ranks come later, when rank zero has claimed the folder, and find its own files
-        # there.
+        # Other ranks come later, when rank zero has claimed the folder, and find its own files.
         if is_rank_zero():
             self._claim()
         last = self.path / "checkpoints" / "last.ckpt"
@@ -61,56 +72,82 @@ class RunFolder:
             return
         if error is not None and not (self.path / "checkpoints").exists():
             self._leave()
+        # Loader processes inherited the lock; it must not outlive the run with them.
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
         self._lock.close()
 
-    def _leave(self) -> None:
-        """A run that failed before its first checkpoint leaves a folder that the next try can
-        take."""
-        for name in ("config.yaml", ".lock"):
-            (self.path / name).unlink(missing_ok=True)
-        if not any(self.path.iterdir()):
-            self.path.rmdir()
-
     def _claim(self) -> None:
+        """Lock the folder and look at what it holds; nothing in it changes before `begin()`."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run folder {self.path} is a file")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is writing into run folder {self.path}") from None
         saved = self.path / "config.yaml"
-        if saved.exists():
-            self._existing_run(saved)
-        elif any(
-            p.name not in LEFT_BEHIND and "tfevents" not in p.name for p in self.path.iterdir()
-        ):
+        before = [path for path in self.path.iterdir() if path.name != ".lock"]
+        if not saved.exists() and not all(_of_a_run(path) for path in before):
             raise ValueError(f"folder {self.path} is not empty and holds no run: take another one")
-        with replacing(saved) as file:
-            file.write(self._config.encode())
+        self._take_lock()
+        if saved.exists() and not (self._resume or self._overwrite):
+            self._unlock()
+            raise ValueError(
+                f"run folder {self.path} holds a run already: add --resume to go on with it, "
+                "--overwrite to delete it, or take another --run"
+            )
+        self._old = [path for path in before if _of_a_run(path)] if not self._resume else []
 
-    def _existing_run(self, saved: Path) -> None:
-        if self._overwrite:
-            for name in ("config.yaml", "metrics.csv", "results.json"):
-                (self.path / name).unlink(missing_ok=True)
-            for name in ("checkpoints", "pictures"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            for events in self.path.glob("events.out.tfevents.*"):
-                events.unlink()
-        elif self._resume:
+    def _take_lock(self) -> None:
+        lock = (self.path / ".lock").open("w")
+        # A killed run's loader processes hold its lock until they notice, some seconds later.
+        for attempt in range(LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if attempt == LOCK_ATTEMPTS - 1:
+                    lock.close()
+                    raise ValueError(
+                        f"another process is writing into run folder {self.path}"
+                    ) from None
+                time.sleep(1)
+        self._lock = lock
+
+    def _unlock(self) -> None:
+        assert self._lock is not None
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
+        self._lock.close()
+        self._lock = None
+
+    def begin(self) -> None:
+        """Training starts: delete the run that is overwritten, write down this one's configuration.
+
+        What can be refused has been by now, so a mistake costs nobody a run.
+        """
+        if not is_rank_zero():
+            return
+        for path in self._old:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        saved = self.path / "config.yaml"
+        if self._resume and saved.exists():
             for line in changes(saved.read_text(), self._config):
                 say(f"resumed with  {line}")
-        else:
-            raise ValueError(
-                f"run folder {self.path} holds a run already: add --resume to go on with "
-                "it, --overwrite to "
-                f"delete it, or take another --run"
-            )
+        with replacing(saved) as file:
+            file.write(self._config.encode())
+        self._began = True
+
+    def _leave(self) -> None:
+        """A run that failed before its first checkpoint leaves what was there before it."""
+        known = [path for path in self.path.iterdir() if _of_a_run(path) or path.name == ".lock"]
+        for path in known:
+            if (self._began or path not in self._old) and path.is_file():
+                path.unlink()
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def loggers(self) -> list[Logger]:
         """CSV (appends on a resume) and TensorBoard, both straight in the run folder."""
-        step = None
+        step = 0
         if self.resume_from is not None:
             # mmap: only the counter is wanted, not gigabytes of weights
             try:
@@ -126,7 +163,7 @@ class RunFolder:
         folder = str(self.path)
         return [
             AppendingCSVLogger(folder, keep_until=step),
-            TensorBoardLogger(folder, name="", version="", purge_step=step),
+            TensorBoardLogger(folder, name="", version="", purge_step=step or None),
         ]
 
 
@@ -176,7 +213,7 @@ class AppendingCSVLogger(CSVLogger):
             again and go.
     """
 
-    def __init__(self, save_dir: str, keep_until: int | None) -> None:
+    def __init__(self, save_dir: str, keep_until: int) -> None:
         super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=1)
         self._keep_until = keep_until
 
@@ -188,18 +225,18 @@ class AppendingCSVLogger(CSVLogger):
 
 
 class _AppendingWriter(ExperimentWriter):
-    def __init__(self, log_dir: str, keep_until: int | None) -> None:
+    def __init__(self, log_dir: str, keep_until: int) -> None:
         self._keep_until = keep_until
         super().__init__(log_dir)
 
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
-        if self._keep_until is None or not path.exists():
+        if not path.exists():
             return
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             # A row carries the number of steps before its own.
-            rows = [row for row in reader if int(row["step"]) < self._keep_until]
+            rows = [row for row in reader if self._survives(row["step"])]
             self.metrics_keys = list(reader.fieldnames or [])
         text = StringIO()
         writer = csv.DictWriter(text, self.metrics_keys)
@@ -207,3 +244,7 @@ class _AppendingWriter(ExperimentWriter):
         writer.writerows(rows)
         with replacing(path) as file:
             file.write(text.getvalue().encode())
+
+    def _survives(self, step: str | None) -> bool:
+        """Not a row of steps that will run again, nor half a row that a full disk left."""
+        return step is not None and step.isdigit() and int(step) < self._keep_until

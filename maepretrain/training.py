@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from maepretrain.callbacks import LastCheckpoint, Throughput, progress
@@ -56,11 +57,19 @@ class Scheduled(L.LightningModule):
         """The encoder's parameters in order, for layer-wise learning rates."""
         return []
 
+    def summary(self) -> dict[str, str]:
+        """What else a run prints before its first step."""
+        return {}
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Parameters without weight decay besides the vectors."""
+        return []
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         layers = self.parameter_layers()
         inside = {id(p) for layer in layers for p in layer}
         rest = [p for p in self.parameters() if id(p) not in inside]
-        groups = self.optim.groups(layers, rest)
+        groups = self.optim.groups(layers, rest, self.undecayed_parameters())
         self.fresh_groups = [{k: v for k, v in g.items() if k != "params"} for g in groups]
         say("optimizer     " + "\n              ".join(self._describe(groups)))
         # Lightning cannot clip under mixed precision when the optimizer is fused.
@@ -83,6 +92,8 @@ class Scheduled(L.LightningModule):
         )
         for group in cast(torch.optim.Optimizer, self.optimizers()).param_groups:
             group["lr"] = lr * group["lr_scale"]
+        # The step that Lightning logs under; after a resume it can be one behind.
+        cast(Any, self.trainer).fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 4099 + self.global_rank)
         self.log("lr", lr)
 
@@ -101,11 +112,23 @@ class Scheduled(L.LightningModule):
                 counts[name] += shift
 
 
+def set_threads(threads: int | None) -> None:
+    """Compute threads of this process; None leaves torch's choice.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads {threads} must be at least 1")
+        torch.set_num_threads(threads)
+
+
 def in_steps(trainer: dict[str, Any], steps_per_epoch: int) -> dict[str, Any]:
     """Trainer arguments with epochs turned into steps, since the whole run is one Lightning epoch.
 
     Raises:
-        ValueError: neither max_epochs nor max_steps.
+        ValueError: neither max_epochs nor max_steps, or numbers below 1.
     """
     arguments = dict(trainer)
     epochs, steps = arguments.pop("max_epochs", None), arguments.get("max_steps", -1)
@@ -116,8 +139,15 @@ def in_steps(trainer: dict[str, Any], steps_per_epoch: int) -> dict[str, Any]:
             )
         steps = epochs * steps_per_epoch
     accumulation = arguments.get("accumulate_grad_batches") or 1
+    if steps < 1 or accumulation < 1:
+        raise ValueError(f"{steps} steps of {accumulation} micro-batches: both must be at least 1")
     interval, every = arguments.get("val_check_interval"), arguments.get("check_val_every_n_epoch")
     if not isinstance(interval, int):
+        if not isinstance(interval, float | None):
+            raise ValueError(
+                f"trainer.val_check_interval {interval} must be a number of micro-batches or a "
+                "share of an epoch"
+            )
         share = (every or 1) if interval is None else interval * (every or 1)
         interval = max(1, round(share * steps_per_epoch)) * accumulation
     # Lightning refuses an interval longer than the run.
@@ -139,38 +169,49 @@ def fit(
     trainer: dict[str, Any],
     folder: RunFolder,
     callbacks: list[L.Callback],
-    checkpoint_every_steps: int,
-) -> tuple[bool, dict[str, float]]:
+    last: LastCheckpoint,
+) -> tuple[bool, L.Trainer]:
     """Train in a run folder, from its last checkpoint where it is resumed.
 
     Returns:
-        Whether the run came to its end, and the last value of everything that was logged.
+        Whether the run came to its end, and the trainer.
+
+    Raises:
+        ValueError: what Lightning refuses, sizes that do not divide, a checkpoint of another model.
     """
-    last = LastCheckpoint(folder.path, checkpoint_every_steps)
     throughput = Throughput(data.global_batch)
     bar = progress(throughput)
-    engine = L.Trainer(
-        **trainer,
-        default_root_dir=folder.path,
-        logger=folder.loggers(),
-        enable_model_summary=False,
-        plugins=[WholeCheckpointIO()],
-        enable_progress_bar=isinstance(bar, RichProgressBar),
-        # Throughput comes last: what it does not see between two steps is waiting for data.
-        callbacks=[*callbacks, last, bar, throughput],
-    )
-    accumulation = trainer.get("accumulate_grad_batches") or 1
-    data.plan(trainer["max_steps"], engine.world_size, accumulation)
-    _describe(data, engine, accumulation, module)
-    engine.fit(module, data, ckpt_path=folder.resume_from, weights_only=True)
-    if last.stopped_by is not None:
-        say(
-            f"stopped at step {engine.global_step} of {trainer['max_steps']} with a "
-            "checkpoint; go on with the "
-            f"same command and --resume"
+    if data.val_index is None:
+        trainer = trainer | {"limit_val_batches": 0}
+    try:
+        engine = L.Trainer(
+            **trainer,
+            default_root_dir=folder.path,
+            logger=folder.loggers(),
+            enable_model_summary=False,
+            plugins=[WholeCheckpointIO()],
+            enable_progress_bar=isinstance(bar, RichProgressBar),
+            # Throughput comes last: what it does not see between two steps is waiting for data.
+            callbacks=[*callbacks, last, bar, throughput],
         )
-    metrics = {name: float(value) for name, value in engine.callback_metrics.items()}
-    return last.stopped_by is None, metrics
+        accumulation = trainer.get("accumulate_grad_batches") or 1
+        data.plan(trainer["max_steps"], engine.world_size, accumulation)
+        _describe(data, engine, accumulation, module)
+        engine.fit(module, data, ckpt_path=folder.resume_from, weights_only=True)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise ValueError(
+            f"the model differs from the one in {folder.resume_from}: {error}"
+        ) from error
+    if last.stopped:
+        say(
+            f"stopped at step {engine.global_step} of {trainer['max_steps']} with a checkpoint; "
+            "go on with the same command and --resume"
+        )
+    return not last.stopped, engine
 
 
 def _describe(data: ShardData, engine: L.Trainer, accumulation: int, module: Scheduled) -> None:
@@ -181,18 +222,16 @@ def _describe(data: ShardData, engine: L.Trainer, accumulation: int, module: Sch
         "data": data.describe(),
         "held out": data.describe_held_out(engine.world_size),
         "batch": f"{data.global_batch} = {data.stream.micro_batch} x {engine.world_size} "
-        "processes x "
-        f"{accumulation} accumulated",
+        f"processes x {accumulation} accumulated",
         "length": f"{steps:,} steps, {steps / module.steps_per_epoch:.4g} epochs of "
         f"{module.steps_per_epoch}",
         "lr": f"{optim.lr(data.global_batch):.4g} = base_lr {optim.base_lr:g} x "
-        f"{data.global_batch} / 256, "
-        f"warm-up {optim.warmup_epochs:g} epochs, cosine to {optim.min_lr:g}",
+        f"{data.global_batch} / 256, warm-up {optim.warmup_epochs:g} epochs, "
+        f"cosine to {optim.min_lr:g}",
         "precision": f"{engine.precision}",
         "devices": f"{engine.world_size} x {engine.strategy.root_device}, "
         f"{type(engine.strategy).__name__}",
         "run folder": str(engine.default_root_dir),
     }
-    summary = getattr(getattr(module, "model", None), "summary", dict)
-    lines |= summary()
+    lines |= module.summary()
     say("\n".join(f"{name:<13} {text}" for name, text in lines.items()))

@@ -114,10 +114,10 @@ def test_finetuning_a_run_beats_chance_and_says_so(
         "--data.num_workers",
         0,
     ]
-    options += ["--data.global_batch", 25, "--optim.base_lr", 0.05, "--trainer.max_epochs", 25]
+    options += ["--data.global_batch", 25, "--optim.base_lr", 0.1, "--trainer.max_epochs", 30]
     assert run_cli("finetune", *options, "--run", tmp_path / "tuned") == 0
     result = json.loads((tmp_path / "tuned" / "results.json").read_text())
-    assert result["accuracy"] > 0.25  # 50 images, chance .1
+    assert result["accuracy"] > 0.4  # 50 images, chance .1
     assert result["labels"] == 150
     few = ["-c", "eval/from_scratch", "--label_fraction", 0.5, "--trainer.max_epochs", 1]
     assert run_cli("finetune", *options, *few, "--run", tmp_path / "few") == 0

@@ -49,7 +49,7 @@ def test_layer_decay_scales_each_layer_below_the_next() -> None:
     head = nn.Parameter(torch.ones(2, 2))
     groups = Optimization(layer_decay=0.5).groups(layers, [head])
     scales = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
-    assert [scales[id(layer[0])] for layer in layers] == [0.125, 0.25, 0.5]
+    assert [scales[id(layer[0])] for layer in layers] == [0.25, 0.5, 1.0]
     assert scales[id(head)] == 1.0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from maepretrain import runs
 from maepretrain.runs import AppendingCSVLogger, RunFolder, WholeCheckpointIO, changes
 
 
@@ -36,26 +37,67 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         folder.loggers()
 
 
-def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
+def test_two_processes_do_not_write_into_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "LOCK_ATTEMPTS", 1)
     with RunFolder(tmp_path / "run", resume=False, overwrite=False, config="a: 1\n") as folder:
+        folder.begin()
         (folder.path / "checkpoints").mkdir()
         with (
             pytest.raises(ValueError, match="another process is writing"),
             RunFolder(tmp_path / "run", resume=True, overwrite=False, config="a: 1\n"),
         ):
             pass
-    with RunFolder(tmp_path / "run", resume=True, overwrite=False, config="a: 2\n"):
-        pass
+    with RunFolder(tmp_path / "run", resume=True, overwrite=False, config="a: 2\n") as folder:
+        folder.begin()
     assert (tmp_path / "run" / "config.yaml").read_text() == "a: 2\n"
 
 
-def test_a_run_that_fails_before_its_first_checkpoint_leaves_no_trace(tmp_path: Path) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_no_trace(
+    tmp_path: Path, begun: bool
+) -> None:
     with (
         pytest.raises(RuntimeError),
-        RunFolder(tmp_path / "run", resume=False, overwrite=False, config="a: 1\n"),
+        RunFolder(tmp_path / "run", resume=False, overwrite=False, config="a: 1\n") as folder,
     ):
+        if begun:
+            folder.begin()
+            folder.loggers()[0].log_metrics({"loss": 1.0}, 0)
         raise RuntimeError
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("resume", "overwrite"), [(True, False), (False, True)])
+def test_a_refused_run_changes_nothing(tmp_path: Path, resume: bool, overwrite: bool) -> None:
+    """Whatever is found wrong before training starts, the run that is there stays as it is."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"weights")
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    (tmp_path / "metrics.csv").write_text("loss,step\n1,0\n")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError), RunFolder(tmp_path, resume, overwrite, "a: 2\n"):
+        raise ValueError
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert after == before
+
+
+def test_overwriting_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("config.yaml", "probe.json", "notes.txt", "events.out.tfevents.1"):
+        (tmp_path / name).write_text("old")
+    (tmp_path / "pictures").mkdir()
+    with RunFolder(tmp_path, resume=False, overwrite=True, config="new") as folder:
+        folder.begin()
+    left = {p.name: p.read_text() for p in tmp_path.iterdir() if p.name != ".lock"}
+    assert left == {"config.yaml": "new", "notes.txt": "old"}
+
+
+def test_half_a_row_does_not_stop_a_resume(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("loss,step\n0.5,0\n0.4,1\n0.3")
+    logger = AppendingCSVLogger(str(tmp_path), keep_until=2)
+    logger.log_metrics({"loss": 0.3}, 2)
+    assert (tmp_path / "metrics.csv").read_text().split()[1:] == ["0.5,0", "0.4,1", "0.3,2"]
 
 
 def test_changes_name_every_value_that_differs() -> None:
@@ -69,7 +111,7 @@ def test_changes_name_every_value_that_differs() -> None:
 
 
 def test_metrics_go_on_after_the_resumed_step(tmp_path: Path) -> None:
-    first = AppendingCSVLogger(str(tmp_path), keep_until=None)
+    first = AppendingCSVLogger(str(tmp_path), keep_until=0)
     for step in range(4):
         first.log_metrics({"loss": float(step)}, step)
     second = AppendingCSVLogger(str(tmp_path), keep_until=2)

@@ -5,6 +5,7 @@ The whole run is one Lightning epoch over a stream of micro-batches; epochs are 
 that the training loop consumed, and nothing else.
 """
 
+import zlib
 from collections.abc import Iterator
 from typing import Any, Literal, cast
 
@@ -237,6 +238,7 @@ class ShardData(L.LightningDataModule):
         ratio: aspect ratio of the random crop.
         flip: probability of a horizontal flip.
         val_share: side of the centre crop in validation as a share of the image's fitting side.
+            Default .875 (256 then 224), or 1 where training sees whole images (scale null).
         mean: per channel, of pixels in 0..1, subtracted on the device.
         std: per channel, of pixels in 0..1, divided by on the device.
         seed: seed of order and crops.
@@ -257,7 +259,7 @@ class ShardData(L.LightningDataModule):
         scale: tuple[float, float] | None = (0.2, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
-        val_share: float = 0.875,
+        val_share: float | None = None,
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
         seed: int = 0,
@@ -275,6 +277,8 @@ class ShardData(L.LightningDataModule):
         self.num_workers, self.global_batch = num_workers, global_batch
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.augment = Augment(height, width, scale, ratio, flip)
+        if val_share is None:
+            val_share = 1.0 if scale is None else 0.875
         self.centre_crop = CentreCrop(height, width, val_share)
         self.index = ShardIndex(open_shards(train, max(1, num_workers)))
         self.val_index = ShardIndex(open_shards(val, max(1, num_workers))) if val else None
@@ -355,11 +359,17 @@ class ShardData(L.LightningDataModule):
             "global_batch": self.global_batch,
             "samples": len(self.index),
             "shards": len(self.index.shards),
+            "fingerprint": self._fingerprint(),
             "seed": seed,
             "lanes": self.order.lanes,
             "block": block,
             "tail": tail,
         }
+
+    def _fingerprint(self) -> int:
+        """A checksum of the shards' names and counts: another order of patterns is another run."""
+        names = "\n".join(shard.path.name for shard in self.index.shards)
+        return zlib.crc32(names.encode() + self.index.counts.numpy().tobytes())
 
     def state_dict(self) -> dict[str, Any]:
         """Samples that the training loop consumed ("processed", not what workers prefetched), and

@@ -7,18 +7,20 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Int64
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maepretrain.arguments import make_parser
-from maepretrain.checkpoints import read_weights
+from maepretrain.callbacks import LastCheckpoint
 from maepretrain.data.module import Batch, ShardData, ShardIndex
 from maepretrain.distributed import say
-from maepretrain.experiments import add_experiment, read_model, run_experiment
+from maepretrain.experiments import add_experiment, fresh_model, read_model, run_experiment
+from maepretrain.files import replacing
 from maepretrain.optim import Optimization
 from maepretrain.randomness import permutation
 from maepretrain.runs import RunFolder
-from maepretrain.training import Scheduled, fit, in_steps
+from maepretrain.training import Scheduled, fit, in_steps, set_threads
 
 
 class Classifier(Scheduled):
@@ -64,6 +66,11 @@ class Classifier(Scheduled):
 
     def parameter_layers(self) -> list[list[nn.Parameter]]:
         return cast(Any, self.model).layers()
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Tokens and positions, as in the official fine-tuning (its pretraining decays them)."""
+        ends = ("cls_token", "reg_token", "pos_embed")
+        return [p for name, p in self.named_parameters() if name.endswith(ends)]
 
     def _logits(self, batch: Batch) -> Tensor:
         return self.head(cast(Any, self.model).encode(self.normalise(batch["input"])))
@@ -150,33 +157,37 @@ def finetune(
     Raises:
         ValueError: no labels, a fraction outside (0, 1], a run folder that holds another run.
     """
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     classes = _count_classes(data.index, data.val_index)
-    if label_fraction < 1:
+    if label_fraction != 1:
         data.choose(choose_fraction(data.index.labels(), label_fraction, seed))
     arguments = in_steps(trainer, data.order.steps_per_epoch)
-    model = read_model(encoder)
-    if not scratch:
-        model.load_state_dict(read_weights(encoder / "checkpoints" / "last.ckpt"))
+    model = fresh_model(encoder, seed) if scratch else read_model(encoder)
     if hasattr(model, "train_positions"):
         cast(Any, model).train_positions()
+    torch.manual_seed(seed)
     module = Classifier(model, classes, optim, data, arguments["max_steps"], label_smoothing, seed)
     with RunFolder(run, resume, overwrite, config) as folder:
         say(
             f"classifier    {classes} classes, {len(data.index):,} labelled images, "
             + ("from scratch" if scratch else f"encoder of {encoder}")
         )
-        ended, metrics = fit(module, data, arguments, folder, [], checkpoint_every_steps)
-        if ended and "val_accuracy" in metrics:
-            result = {
-                "accuracy": metrics["val_accuracy"],
-                "labels": len(data.index),
-                "scratch": scratch,
-            }
-            (run / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-            say(f"accuracy on held-out images: {result['accuracy']:.4f}  ({run}/results.json)")
+        last = LastCheckpoint(folder, checkpoint_every_steps)
+        ended, engine = fit(module, data, arguments, folder, [], last)
+        if ended and data.val_index is not None:
+            # Of the final weights, whenever the last validation was.
+            (final,) = engine.validate(module, data, verbose=False)
+            _report(run, final["val_accuracy"], len(data.index), scratch)
     return ended
+
+
+@rank_zero_only
+def _report(run: Path, accuracy: float, labels: int, scratch: bool) -> None:
+    path = run / "results.json"
+    result = {"accuracy": accuracy, "labels": labels, "scratch": scratch}
+    with replacing(path) as file:
+        file.write(json.dumps(result, indent=1).encode() + b"\n")
+    say(f"accuracy on held-out images: {accuracy:.4f}  ({path})")
 
 
 def finetune_parser(parser: Any) -> Any:

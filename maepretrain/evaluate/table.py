@@ -13,13 +13,12 @@ from rich.table import Table
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from maepretrain.checkpoints import read_weights
 from maepretrain.data.module import Samples, ShardData, ShardIndex
 from maepretrain.evaluate.features import embed
 from maepretrain.evaluate.finetune import choose_fraction
 from maepretrain.evaluate.knn import knn_accuracy
 from maepretrain.evaluate.probe import linear_probe
-from maepretrain.experiments import read_model, read_run_data
+from maepretrain.experiments import fresh_model, read_model, read_run_data
 from maepretrain.training import Normalise
 
 Encode = Callable[[Tensor], Tensor]
@@ -58,7 +57,7 @@ def probe(
     labels = data.index.labels()
     if min(int(labels.min()), int(data.val_index.labels().min())) < 0:
         raise ValueError("a probe needs a label for every sample; some shards have none")
-    if label_fraction < 1:
+    if label_fraction != 1:
         data.choose(choose_fraction(labels, label_fraction, seed))
     results = {}
     for name, encode in _encoders(encoder, data, baselines).items():
@@ -92,11 +91,9 @@ def _encoders(run: Path, data: ShardData, baselines: bool) -> dict[str, Encode]:
         model = model.eval().to(device)
         return lambda images: model.encode(normalise(images.to(device)))
 
-    pretrained = read_model(run)
-    pretrained.load_state_dict(read_weights(run / "checkpoints" / "last.ckpt"))
-    encoders = {"pretrained": encode_with(pretrained)}
+    encoders = {"pretrained": encode_with(read_model(run))}
     if baselines:
-        encoders["random encoder"] = encode_with(read_model(run))
+        encoders["random encoder"] = encode_with(fresh_model(run))
         encoders["raw pixels"] = pixels
     return encoders
 

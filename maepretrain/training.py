@@ -10,9 +10,9 @@ from typing import Any, cast
 import lightning as L
 import torch
 from jaxtyping import Float
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from maepretrain.callbacks import LastCheckpoint, Throughput, progress

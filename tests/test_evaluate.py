@@ -133,3 +133,6 @@ def test_probe_table(
     assert list(results) == ["pretrained", "random encoder", "raw pixels", "PCA-64"]
     assert results["raw pixels"]["probe"] > 0.8
     assert "50 held-out images" in capsys.readouterr().out
+    # Fewer labels than the batch of the pretraining.
+    assert run_cli("probe", "--encoder", tmp_path / "run", "--label_fraction", 0.1, "--k", 3) == 0
+    assert "50 held-out images, 14 labelled" in capsys.readouterr().out

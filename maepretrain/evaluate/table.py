@@ -54,14 +54,15 @@ def probe(
     data = read_run_data(encoder, train, test)
     if data.val_index is None:
         raise ValueError("there are no held-out shards to test on: give --test")
-    labels = data.index.labels()
+    bank_index = data.index
+    labels = bank_index.labels()
     if min(int(labels.min()), int(data.val_index.labels().min())) < 0:
         raise ValueError("a probe needs a label for every sample; some shards have none")
     if label_fraction != 1:
-        data.choose(choose_fraction(labels, label_fraction, seed))
+        bank_index = bank_index.choose(choose_fraction(labels, label_fraction, seed))
     results = {}
     for name, encode in _encoders(encoder, data, baselines).items():
-        bank, labels = _features(encode, data, data.index)
+        bank, labels = _features(encode, data, bank_index)
         query, truth = _features(encode, data, data.val_index)
         results[name] = _score(bank, labels, query, truth, k)
         if name == "raw pixels":
@@ -70,7 +71,7 @@ def probe(
                 torch.from_numpy(pca.transform(x.numpy())).float() for x in (bank, query)
             )
             results[f"PCA-{bank.shape[1]}"] = _score(bank, labels, query, truth, k)
-    print_table(results, k, len(data.index), len(data.val_index))
+    print_table(results, k, len(bank_index), len(data.val_index))
     (encoder / "probe.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 

@@ -15,7 +15,7 @@ def test_quickstart_learns(
 ) -> None:
     import json
 
-    assert run_cli("quickstart", "--dst", tmp_path, "--epochs", 40) == 0
+    assert run_cli("quickstart", "--dst", tmp_path, "--epochs", 60) == 0
     out = capsys.readouterr().out
     results = json.loads((tmp_path / "run" / "probe.json").read_text())
     # 360 held-out digits: a point is 3.6 digits.

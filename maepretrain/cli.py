@@ -19,7 +19,7 @@ from maepretrain.arguments import (
 USAGE = """\
 maepretrain VERB [OPTIONS]     pretrain masked autoencoders from WebDataset shards
 
-  quickstart                   pretrain on handwritten digits and see that it learnt (3 minutes)
+  quickstart                   pretrain on handwritten digits and see that it learnt (minutes)
   shards write SRC DST         make tar shards from an image folder, a torchvision set or IDX files
   shards index PATTERN...      make the index beside each shard
   pretrain -c CONFIG           pretrain a model on shards

@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maepretrain.data.shards import ShardError, index_path, open_shards
+from maepretrain.data.faults import ShardError
+from maepretrain.data.shards import index_path, open_shards
 from maepretrain.data.write import (
     Arrays,
     Entry,

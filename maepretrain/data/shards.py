@@ -25,6 +25,7 @@ import numpy as np
 from braceexpand import braceexpand
 from rich.progress import track
 
+from maepretrain.data.faults import ShardError
 from maepretrain.files import replacing
 
 INDEX_VERSION = 1
@@ -35,10 +36,6 @@ NO_LABEL = -1
 # WebDataset's convention: the key ends at the first dot of the file name; folders may hold dots.
 # Hidden files (macOS leaves `._a.jpg` in tars) have no key and are passed over.
 _MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
-
-
-class ShardError(ValueError):
-    """A shard or its index that cannot be used, named with the reason."""
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from maepretrain.data.faults import ShardError
 from maepretrain.data.shards import (
     Shard,
-    ShardError,
     in_processes,
     index_path,
     read_head,

@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from maepretrain.data.module import Batch, ShardData, ShardIndex
+from maepretrain.data.module import ShardData
+from maepretrain.data.samples import Batch, ShardIndex
 from maepretrain.distributed import is_rank_zero, say
 from maepretrain.evaluate.features import embed
 from maepretrain.evaluate.knn import knn_accuracy
@@ -278,9 +279,8 @@ class LiveEvaluation(L.Callback):
         assert data.val_index is not None
         chosen = permutation(0, "bank", len(data.index))[: self.size]
         self.bank = data.index.choose(chosen.sort().values)
-        labels = self.bank.labels()
-        if min(int(labels.min()), int(data.val_index.labels().min())) < 0:
-            raise ValueError("live_probe needs a label for every sample of data.train and data.val")
+        labels = self.bank.require_labels("live_probe")
+        data.val_index.require_labels("live_probe")
         if len(labels) < self.k or len(labels.unique()) < 2:
             raise ValueError(f"live_probe needs {self.k} samples of two classes or more")
 
@@ -291,7 +291,7 @@ class LiveEvaluation(L.Callback):
         def features(index: ShardIndex) -> tuple[Tensor, Tensor]:
             return embed(
                 lambda images: module.model.encode(module.normalise(images.to(module.device))),
-                data.evaluation(index),
+                data.evaluation(index, labelled=True),
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
             )

@@ -1,6 +1,7 @@
 """The command line: `maepretrain VERB ...`. A verb imports what is heavy when it runs."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,8 @@ maepretrain VERB [OPTIONS]     pretrain masked autoencoders from WebDataset shar
   quickstart                   pretrain on handwritten digits and see that it learnt (minutes)
   shards write SRC DST         make tar shards from an image folder, a torchvision set or IDX files
   shards index PATTERN...      make the index beside each shard
+  shards check PATTERN...      find what is wrong with shards before a run does
+  shards order PATTERN...      print the samples that a rank will read
   pretrain -c CONFIG           pretrain a model on shards
   probe --encoder RUN          linear probe and k-NN on the features of a pretrained encoder
   finetune --encoder RUN       train the encoder and a classifier on labels
@@ -64,17 +67,17 @@ def _quickstart(argv: list[str]) -> int:
 
 def _shards(argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
-        print("maepretrain shards write SRC DST | shards index PATTERN...   (--help for each)")
+        print("maepretrain shards write SRC DST | index|check|order PATTERN...   (--help for each)")
         return 0
-    if not argv or argv[0] not in ("write", "index"):
-        raise UserError("shards needs one of: write, index")
+    if not argv or argv[0] not in ("write", "index", "check", "order"):
+        raise UserError("shards needs one of: write, index, check, order")
     from maepretrain.data import commands
 
     verb = getattr(commands, argv[0])
     parser = make_parser(f"shards {argv[0]}")
-    if argv[0] == "index":
+    if argv[0] != "write":
         parser.add_argument("patterns", nargs="+", type=str, help="shards: braces, globs or files")
-    parser.add_function_arguments(verb, as_positional=True, skip={"patterns"})
+    parser.add_function_arguments(verb, as_positional=argv[0] == "write", skip={"patterns"})
     return verb(**parse(parser, argv[1:]))
 
 
@@ -109,6 +112,8 @@ def _configs(argv: list[str]) -> int:
     return 0
 
 
+_LONG = re.compile("--[A-Za-z]").match
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "quickstart": _quickstart,
     "shards": _shards,
@@ -138,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[0] not in VERBS:
             raise UserError(f"no verb {argv[0]}: take one of {', '.join(VERBS)}")
-        return VERBS[argv[0]](argv[1:])
+        return VERBS[argv[0]]([_underscored(word) for word in argv[1:]])
     except (UserError, ValueError, OSError) as error:
         if os.environ.get("MAEPRETRAIN_TRACEBACK"):
             traceback.print_exc()
@@ -147,6 +152,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("maepretrain: stopped", file=sys.stderr)
         return 130
+
+
+def _underscored(word: str) -> str:
+    """`--global-batch=64` as `--global_batch=64`: options may be written either way."""
+    if not _LONG(word):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def console() -> None:

@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from maepretrain.callbacks import LastCheckpoint, LiveEvaluation, ReconstructionGrid
-from maepretrain.data.module import Batch, ShardData
+from maepretrain.data.module import ShardData
+from maepretrain.data.samples import Batch
 from maepretrain.optim import Optimization
 from maepretrain.runs import RunFolder
 from maepretrain.training import Scheduled, fit, in_steps, set_threads
@@ -54,6 +55,7 @@ def pretrain(
     run: Path,
     seed: int = 0,
     resume: bool = False,
+    allow_reorder: bool = False,
     overwrite: bool = False,
     checkpoint_every_steps: int = 1000,
     keep_every_steps: int | None = None,
@@ -73,6 +75,8 @@ def pretrain(
         run: the run folder; the only record of the run.
         seed: seed of initial values and dropout (model and data have their own).
         resume: go on from the run folder's last checkpoint; start where there is none.
+        allow_reorder: resume although another global batch, index or other data settings change
+            the order of samples: from the same number of samples on.
         overwrite: delete the run that the folder holds.
         checkpoint_every_steps: optimizer steps between two saves of last.ckpt.
         keep_every_steps: also keep a checkpoint for good every so many steps.
@@ -92,6 +96,7 @@ def pretrain(
             cannot be resumed.
     """
     set_threads(threads)
+    data.allow_reorder = allow_reorder
     arguments = in_steps(trainer, data.order.steps_per_epoch)
     callbacks: list[L.Callback] = []
     with RunFolder(run, resume, overwrite, config) as folder:

@@ -9,34 +9,45 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from maepretrain.callbacks import LastCheckpoint, Throughput, progress
-from maepretrain.data.module import Batch, ShardData
+from maepretrain.data.module import ShardData
+from maepretrain.data.samples import Batch
 from maepretrain.distributed import say
 from maepretrain.optim import Group, Optimization, describe
 from maepretrain.runs import RunFolder, WholeCheckpointIO
 
 
 class Normalise(nn.Module):
-    """uint8 pixels -> (pixel / 255 - mean) / std in float32, on the device."""
+    """(x - mean) / std in float32, on the device, where x is a uint8 pixel / 255 or a float as it
+    is. Tokens (int64) stay as they are."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
 
-    def forward(self, images: Tensor) -> Float[Tensor, "b c h w"]:
-        """Images uint8 (b, c, h, w) to normalised float32."""
-        return (images.float() / 255 - cast(Tensor, self.mean)) / cast(Tensor, self.std)
+    def forward(self, x: Shaped[Tensor, "b c *size"]) -> Shaped[Tensor, "b c *size"]:
+        """Images (b, c, h, w) or signals (b, c, t), normalised."""
+        if x.dtype == torch.int64:
+            return x
+        values = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        mean, std = self._channelwise(x.ndim)
+        return (values - mean) / std
 
-    def undo(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def undo(self, x: Float[Tensor, "b c *size"]) -> Float[Tensor, "b c *size"]:
         """Pixels in 0..1 again."""
-        return (images * cast(Tensor, self.std) + cast(Tensor, self.mean)).clamp(0, 1)
+        mean, std = self._channelwise(x.ndim)
+        return (x * std + mean).clamp(0, 1)
+
+    def _channelwise(self, dimensions: int) -> tuple[Tensor, Tensor]:
+        shape = (-1, *[1] * (dimensions - 2))
+        return cast(Tensor, self.mean).view(shape), cast(Tensor, self.std).view(shape)
 
 
 class Scheduled(L.LightningModule):
@@ -98,18 +109,27 @@ class Scheduled(L.LightningModule):
         self.log("lr", lr)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Tell Lightning's loop how many micro-batches of today's size the stopped run consumed."""
-        consumed = next(
-            state["consumed"] for name, state in checkpoint.items() if name.endswith("ShardData")
-        )
+        """Tell Lightning's loop how far the run is, in micro-batches and steps of today's size."""
+        state = next(value for name, value in checkpoint.items() if name.endswith("ShardData"))
         data = cast(ShardData, cast(Any, self.trainer).datamodule)
         assert data.stream is not None
-        done = consumed // (data.stream.micro_batch * data.stream.world_size)
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        shift = done - progress["current"]["processed"]
-        for counts in (progress["current"], progress["total"]):
-            for name in ("ready", "started", "processed", "completed"):
-                counts[name] += shift
+        begin = data.resumes_at(state)
+        if data.changes(state):
+            say(f"resumed with  another order of samples from sample {begin:,} on")
+        loops = checkpoint["loops"]["fit_loop"]
+        done = begin // (data.stream.micro_batch * data.stream.world_size)
+        _set_progress(loops["epoch_loop.batch_progress"], done, "processed")
+        optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+        for name in ("step", "zero_grad"):
+            _set_progress(optimizer[name], begin // data.global_batch, "completed")
+
+
+def _set_progress(progress: dict[str, dict[str, int]], done: int, counted: str) -> None:
+    """Shift all counts of one of Lightning's progress trackers so that `done` are done."""
+    shift = done - progress["total"][counted]
+    for counts in (progress["current"], progress["total"]):
+        for name in counts:
+            counts[name] += shift
 
 
 def set_threads(threads: int | None) -> None:

@@ -80,8 +80,8 @@ def test_embedding_keeps_order_and_takes_every_sample_once(shards: Path) -> None
     features, labels = embed(pixels, data.evaluation(data.index), batch=32)
     train, _ = digits()
     # Keys are the numbers of the digits, so each row is known.
-    keys = data.evaluation(data.index).keys(list(range(len(labels))))
-    numbers = [int(key) for key in keys]
+    names = data.evaluation(data.index).names(list(range(len(labels))))
+    numbers = [int(key) for _, key in names]
     assert sorted(numbers) == list(range(150))
     expected = torch.from_numpy(train.images[numbers]).flatten(1).float() / 255
     assert torch.equal(features, expected)

@@ -1,32 +1,40 @@
-"""Decoding and cropping against PIL and torchvision's transforms on PIL images."""
+"""Decoding and cropping against PIL and torchvision's transforms on PIL images; arrays against
+numpy."""
 
 import io
 import math
+import pickle
 import struct
+import warnings
 import zlib
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
-from scipy.stats import ks_2samp
+from numpy.lib import format as npy
+from PIL import ExifTags, Image, ImageFilter, ImageOps
+from scipy.stats import chisquare, ks_2samp
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from maepretrain.data.images import UNIFORMS, Augment, CentreCrop, decode, resize
+from maepretrain.data.images import (
+    UNIFORMS,
+    Augment,
+    CentreCrop,
+    SignalCrop,
+    as_image,
+    as_signal,
+    decode,
+    decode_array,
+    resize,
+)
 from maepretrain.randomness import uniform
 
 PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]
-JPEGS: dict[str, dict[str, Any]] = {
-    "baseline": {"quality": 90},
-    "4:4:4": {"quality": 95, "subsampling": 0},
-    "4:2:2": {"quality": 85, "subsampling": 1},
-    "progressive": {"quality": 90, "progressive": True},
-    "coarse": {"quality": 20},
-}
 
 
 def encoded(image: Image.Image, form: str, **settings: Any) -> bytes:
@@ -83,15 +91,44 @@ FORMATS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+@pytest.mark.parametrize("channels", MODES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_decodes_what_pil_decodes(name: str, channels: int):
     mode, form, settings = FORMATS[name]
     data = encoded(gradients(mode), form, **settings)
-    ours, truth = pixels(decode(data, channels)), by_pil(data, "L" if channels == 1 else "RGB")
+    ours, truth = pixels(decode(data, channels)), by_pil(data, MODES[channels])
     assert ours.shape == truth.shape == (48, 48, channels)
+    difference = np.abs(ours.astype(int) - truth)
     # Gray is a weighted sum, which libpng and libjpeg round otherwise than PIL; RGB is exact.
-    assert np.abs(ours.astype(int) - truth).max() <= (1 if channels == 1 else 0)
+    assert difference[..., 0].max() <= (1 if channels <= 2 else 0)
+    assert not difference[..., 1:].any()
+
+
+def test_alpha_is_kept_where_it_is_asked_for():
+    random = np.random.default_rng(0)
+    rgba = random.integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    gray_alpha = random.integers(0, 256, (20, 30, 2), dtype=np.uint8)
+    for form, settings in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})):
+        data = encoded(Image.fromarray(rgba), form, **settings)
+        np.testing.assert_array_equal(pixels(decode(data, 4)), rgba)
+        np.testing.assert_array_equal(pixels(decode(data, 2))[..., 1], rgba[..., 3])
+    data = encoded(Image.fromarray(gray_alpha), "PNG")
+    np.testing.assert_array_equal(pixels(decode(data, 2)), gray_alpha)
+    np.testing.assert_array_equal(pixels(decode(data, 4)), gray_alpha[..., [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "PPM"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_alpha_of_an_image_without_it_is_opaque(form: str, mode: str):
+    data = encoded(gradients(mode), form)
+    for channels in (2, 4):
+        image = decode(data, channels)
+        assert (image[-1] == 255).all()
+        difference = image[:-1].int() - decode(data, channels - 1).int()
+        assert difference.abs().max() <= (channels == 2)  # as above
 
 
 def test_alpha_is_dropped_whatever_it_says():
@@ -193,11 +230,95 @@ def test_png_of_any_filter_and_chunks(size: tuple[int, int], mode: str):
             np.testing.assert_array_equal(pixels(decode(data, len(mode))), truth)
 
 
-def test_orientation_tags_are_ignored_as_pil_does():
+def tagged(orientation: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees
-    data = encoded(gradients("RGB").crop((0, 0, 48, 30)), "JPEG", exif=exif)
-    assert decode(data, 3).shape == (3, 30, 48)
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+# What the tag says of the stored pixels (EXIF 2.32, 4.6.4 A), undone with numpy: (h, w, c).
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: stored.swapaxes(0, 1)[:, ::-1],
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: stored.swapaxes(0, 1)[::-1],
+}
+
+
+@pytest.mark.parametrize("channels", MODES)
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "MPO"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_turns_the_image_upright(orientation: int, form: str, channels: int):
+    image = gradients("RGB").crop((0, 0, 48, 30))
+    data = encoded(image, form, exif=tagged(orientation), lossless=True)
+    stored, upright = pixels(decode(data, channels)), pixels(decode(data, channels, exif=True))
+    assert stored.shape == (30, 48, channels)
+    np.testing.assert_array_equal(upright, UPRIGHT[orientation](stored))
+    with Image.open(io.BytesIO(data)) as opened:
+        truth = np.asarray(ImageOps.exif_transpose(opened).convert(MODES[channels]))
+    assert np.abs(upright.astype(int) - truth.reshape(upright.shape)).max() <= (channels <= 2)
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_of_16_bit_gray(orientation: int):
+    values = np.random.default_rng(0).integers(0, 1 << 16, (20, 30), dtype=np.uint16)
+    data = encoded(Image.fromarray(values), "PNG", exif=tagged(orientation))
+    truth = UPRIGHT[orientation](values >> 8)
+    np.testing.assert_array_equal(pixels(decode(data, 1, exif=True))[..., 0], truth)
+
+
+def test_a_tiff_is_always_upright():
+    """PIL reads none otherwise."""
+    image = gradients("RGB").crop((0, 0, 48, 30))
+    data = encoded(image, "TIFF", exif=tagged(6))
+    for exif in (False, True):
+        np.testing.assert_array_equal(pixels(decode(data, 3, exif)), UPRIGHT[6](np.asarray(image)))
+
+
+def segment(content: bytes) -> bytes:
+    """An APP1 of a JPEG."""
+    return b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content
+
+
+XMP = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="8"/>'
+EMPTY_XMP = b"http://ns.adobe.com/xap/1.0/\0<rdf:Description/>"
+TAG = tagged(6).tobytes()  # "Exif", II or MM, 42, 8; one entry
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # PIL says so
+@pytest.mark.parametrize(
+    ("segments", "orientation"),
+    [
+        ((TAG,), 6),
+        ((TAG, XMP), 6),
+        ((EMPTY_XMP, TAG), 6),
+        ((XMP,), 8),
+        ((EMPTY_XMP,), 1),
+        ((tagged(0).tobytes(),), 1),
+        ((tagged(9).tobytes(),), 1),
+        ((b"Exif\0\0",), 1),
+        ((b"Exif\0\0nonsense",), 1),
+        ((TAG[:20],), 1),
+        ((b"",), 1),
+    ],
+)
+def test_orientation_in_any_segment_or_none(segments: tuple[bytes, ...], orientation: int):
+    plain = encoded(gradients("RGB").crop((0, 0, 48, 30)), "JPEG")
+    data = plain[:2] + b"".join(map(segment, segments)) + plain[2:]
+    truth = UPRIGHT[orientation](pixels(decode(plain, 3)))
+    for channels in (3, 4):  # torchvision's reader and PIL's
+        np.testing.assert_array_equal(pixels(decode(data, channels, exif=True))[..., :3], truth)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # PIL says so
+def test_a_damaged_tag_in_a_png_is_ignored():
+    for content in (b"", b"nonsense", b"II*\0\xff\xff\xff\xff", TAG[6:20]):
+        data = png(8, 6, GRAY, ROWS, chunk(b"eXIf", content))
+        np.testing.assert_array_equal(pixels(decode(data, 1, exif=True)), by_pil(SOUND, "L"))
 
 
 def test_an_animation_gives_its_first_frame():
@@ -229,27 +350,39 @@ BROKEN = {
 
 @pytest.mark.parametrize("data", BROKEN.values(), ids=BROKEN.keys())
 def test_what_is_no_image_is_a_value_error(data: bytes):
-    for channels in (1, 3):
-        with pytest.raises(ValueError, match="cannot decode the image"):
-            decode(data, channels)
+    for channels in MODES:
+        for exif in (False, True):
+            with pytest.raises(ValueError, match="cannot decode the image"):
+                decode(data, channels, exif)
 
 
-@pytest.mark.parametrize("channels", [0, 2, 4])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_a_cut_image_is_no_image_with_exif_either(form: str):
+    """After PIL raised once, a second try may give what there is."""
+    whole = encoded(gradients("RGB"), form)
+    for size in range(0, len(whole) - 30, 20):
+        for exif in (False, True):
+            with pytest.raises(ValueError, match="cannot decode the image"):
+                decode(whole[:size], 4, exif)
+
+
+@pytest.mark.parametrize("channels", [-1, 0, 5])
 def test_other_channels_are_refused(channels: int):
-    with pytest.raises(ValueError, match=f"1 or 3 channels, not {channels}"):
+    with pytest.raises(ValueError, match=f"1, 2, 3 or 4 channels, not {channels}"):
         decode(encoded(gradients("RGB"), "PNG"), channels)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # PIL says so
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM"])
 def test_flipped_bytes_give_an_image_or_a_value_error(form: str):
-    whole = encoded(gradients("RGB"), form)
+    whole = encoded(gradients("RGB"), form, exif=tagged(6))
     random = np.random.default_rng(0)
     for _ in range(40):
         data = bytearray(whole)
         for place in random.integers(0, len(data), 3):
             data[place] = random.integers(256)
         try:
-            assert decode(bytes(data), 3).shape[0] == 3
+            assert decode(bytes(data), 3, exif=True).shape[0] == 3
         except ValueError as error:
             assert str(error).startswith("cannot decode the image")
 
@@ -260,25 +393,49 @@ def resized_crop(image: Image.Image, box: Any, size: tuple[int, int]) -> Any:
     return TF.resized_crop(picture, top, left, height, width, list(size), bicubic)
 
 
-def pil_pipeline(data: bytes, box: tuple[int, int, int, int], flip: bool, side: int) -> np.ndarray:
+def pil_pipeline(image: Image.Image, box: Any, flip: bool, side: int) -> np.ndarray:
     """torchvision on a PIL image, as the official MAE code loads its pictures."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
     image = resized_crop(image, box, (side, side))
-    return np.asarray(TF.horizontal_flip(image) if flip else image)
+    return np.asarray(TF.horizontal_flip(cast(Any, image)) if flip else image)
+
+
+def sixteen_bit(photo: Image.Image) -> bytes:
+    """The gray photo in the high bytes, noise in the low ones."""
+    high = np.asarray(photo.convert("L")).astype(np.uint16) << 8
+    low = np.random.default_rng(0).integers(0, 256, high.shape, dtype=np.uint16)
+    return encoded(Image.fromarray(high | low), "PNG")
+
+
+PHOTO_FORMS: dict[str, Callable[[Image.Image], bytes]] = {
+    "4:2:0": lambda photo: encoded(photo, "JPEG", quality=90),
+    "4:4:4": lambda photo: encoded(photo, "JPEG", quality=95, subsampling=0),
+    "4:2:2": lambda photo: encoded(photo, "JPEG", quality=85, subsampling=1),
+    "progressive": lambda photo: encoded(photo, "JPEG", quality=90, progressive=True),
+    "coarse": lambda photo: encoded(photo, "JPEG", quality=20),
+    "gray": lambda photo: encoded(photo.convert("L"), "JPEG"),
+    "CMYK": lambda photo: encoded(photo.convert("CMYK"), "JPEG"),
+    "tiny": lambda photo: encoded(photo.resize((30, 20)), "JPEG"),
+    "turned": lambda photo: encoded(photo, "JPEG", exif=tagged(6)),
+    "turned PNG": lambda photo: encoded(photo, "PNG", exif=tagged(5)),
+    "palette PNG": lambda photo: encoded(photo.quantize(64), "PNG"),
+    "16-bit PNG": sixteen_bit,
+    "lossy WebP": lambda photo: encoded(photo, "WEBP"),
+}
 
 
 @pytest.mark.parametrize("photo", range(len(PHOTOS)))
-@pytest.mark.parametrize("name", [*JPEGS, "gray", "tiny"])
+@pytest.mark.parametrize("name", PHOTO_FORMS)
 def test_pixels_are_those_of_torchvisions_pil_pipeline(name: str, photo: int):
-    image = PHOTOS[photo].convert("L") if name == "gray" else PHOTOS[photo]
-    image = image.resize((37, 25)) if name == "tiny" else image
-    data = encoded(image, "JPEG", **JPEGS.get(name, {}))
-    augment = Augment(96, 96)
-    decibels = []
+    data = PHOTO_FORMS[name](PHOTOS[photo])
+    with Image.open(io.BytesIO(data)) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGB")
+    if name == "16-bit PNG":  # which PIL clips to white
+        image = PHOTOS[photo].convert("L").convert("RGB")
+    augment, decibels = Augment(96, 96), []
     for u in uniform(photo, "crop", torch.arange(8), UNIFORMS):
         box = augment.box(image.height, image.width, u.tolist())
-        truth = pil_pipeline(data, box, bool(u[-1] < 0.5), 96)
-        decibels.append(psnr(pixels(augment(decode(data, 3), u)), truth))
+        truth = pil_pipeline(image, box, bool(u[-1] < 0.5), 96)
+        decibels.append(psnr(pixels(augment(decode(data, 3, exif=True), u)), truth))
     assert np.median(decibels) >= 50
     assert min(decibels) >= 45
 
@@ -386,14 +543,292 @@ def test_centre_crop_leaves_images_that_fit():
     assert torch.equal(CentreCrop(28, 28)(image), image)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("h", "w"), [(7, 5), (28, 28), (300, 200)])
+def each_band(image: torch.Tensor, act: Callable[[Image.Image], Any]) -> np.ndarray:
+    """(c, h, w): what PIL makes of each channel by itself, in uint8 or (mode F) float32."""
+    return np.stack([np.asarray(act(Image.fromarray(band))) for band in image.numpy()])
+
+
+SIZES = [(7, 5), (28, 28), (60, 90), (300, 200)]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 13])
+@pytest.mark.parametrize(("h", "w"), SIZES)
 def test_resize_is_pils(channels: int, h: int, w: int):
     rough = torch.randint(0, 256, (channels, 60, 90), dtype=torch.uint8)
-    image = Image.fromarray(pixels(rough).squeeze())
-    truth = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC)).reshape(h, w, channels)
+    truth = each_band(rough, lambda band: band.resize((w, h), Image.Resampling.BICUBIC))
     # PIL rounds its weights otherwise, which pure noise shows.
-    assert np.abs(pixels(resize(rough, h, w)).astype(int) - truth).max() <= 2
+    assert np.abs(resize(rough, h, w).numpy().astype(int) - truth).max() <= 2
+
+
+@pytest.mark.parametrize("channels", [1, 3, 13])
+@pytest.mark.parametrize(("h", "w"), SIZES)
+def test_resize_of_floats_is_pils_and_is_not_clamped(channels: int, h: int, w: int):
+    steps = (torch.rand(channels, 60, 90) > 0.5) * 60_000.0 - 30_000
+    truth = each_band(steps, lambda band: band.resize((w, h), Image.Resampling.BICUBIC))
+    ours = resize(steps, h, w)
+    np.testing.assert_allclose(ours.numpy(), truth, rtol=0, atol=60_000 * 2e-5)
+    if h > 60:
+        assert ours.min() < -31_000 and ours.max() > 31_000  # bicubic overshoots
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("channels", [2, 4, 7])
+@pytest.mark.parametrize("layout", ["c h w", "h w c"])
+def test_crops_of_arrays_with_any_channels(dtype: torch.dtype, channels: int, layout: str):
+    array = (torch.rand(channels, 50, 70) * 255).to(dtype)
+    stored = array if layout == "c h w" else array.permute(1, 2, 0).contiguous()
+    image, augment = as_image(stored, channels), Augment(24, 24)
+    for u in uniform(0, "crop", torch.arange(6), UNIFORMS):
+        box = augment.box(50, 70, u.tolist())
+        ours = augment(image, u)
+        truth = each_band(array, lambda band, b=box: resized_crop(band, b, (24, 24)))
+        truth = truth[..., ::-1] if u[-1] < 0.5 else truth
+        assert ours.dtype == dtype
+        assert np.abs(ours.numpy().astype(float) - truth).max() <= (
+            2 if ours.dtype.itemsize == 1 else 1e-3
+        )
+    centre = CentreCrop(24, 24, 1.0)(image)
+    truth = each_band(array, lambda band: resized_crop(band, (0, 10, 50, 50), (24, 24)))
+    assert centre.dtype == dtype and np.abs(centre.numpy().astype(float) - truth).max() <= 2
+
+
+# Arrays.
+
+
+def saved(array: Any, version: tuple[int, int] | None = None) -> bytes:
+    buffer = io.BytesIO()
+    npy.write_array(buffer, np.asanyarray(array), version=version)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (2, 3, 4)])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *("|u1", "|b1", "|i1", "<i2", ">i2", "<u2", ">u2", "<i4", "<u4", "<i8", ">i8", "<u8"),
+        *("<f2", ">f2", "<f4", ">f4", "<f8", ">f8"),
+    ],
+)
+def test_arrays_are_read_as_numpy_reads_them(dtype: str, shape: tuple[int, ...], order: Any):
+    values = np.random.default_rng(0).integers(0 if "u" in dtype else -100, 100, shape)
+    array = np.asarray(values / 8 if "f" in dtype else values).astype(dtype, order=order)
+    ours = decode_array(saved(array))
+    truth = np.load(io.BytesIO(saved(array)))
+    wide = torch.float32 if "f" in dtype else torch.int64
+    assert ours.dtype == (torch.uint8 if dtype in ("|u1", "|b1") else wide)
+    assert ours.is_contiguous() and ours.shape == shape
+    np.testing.assert_array_equal(ours.numpy(), truth)
+    np.testing.assert_array_equal(truth, array)
+
+
+def test_arrays_are_writable_and_of_either_version():
+    for version in ((1, 0), (2, 0)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns of memory that must not be written
+            decode_array(saved(np.zeros((2, 3), np.uint8), version)).add_(1)
+
+
+@pytest.mark.parametrize(
+    ("array", "extreme"),
+    [
+        (np.array([(1 << 63) - 1, -1 << 63]), None),
+        (np.array([(1 << 63) - 1], np.uint64), None),
+        (np.array([1e30, 1e-30]), None),
+        (np.array([1 << 63], np.uint64), "integers beyond int64"),
+        (np.array([1e300]), "NaN, infinity or numbers beyond float32"),
+        (np.array([1.0, np.nan], np.float32), "NaN, infinity"),
+        (np.array([[1.0], [-np.inf]], np.float16), "NaN, infinity"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(array: np.ndarray, extreme: str | None):
+    if extreme is None:
+        np.testing.assert_allclose(decode_array(saved(array)).numpy(), array, rtol=1e-6)
+    else:
+        with pytest.raises(ValueError, match=f"cannot read the array: it holds {extreme}"):
+            decode_array(saved(array))
+
+
+class Armed:
+    """Unpickling it fails the test."""
+
+    def __reduce__(self) -> Any:
+        return pytest.fail, ("unpickled",)
+
+
+def zipped() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, np.zeros(3))
+    return buffer.getvalue()
+
+
+WHOLE = saved(np.arange(6, dtype=np.uint8).reshape(2, 3))
+
+
+def header(text: str, data: bytes = b"") -> bytes:
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text.encode() + data
+
+
+def array_header(descr: str, shape: str, data: bytes = b"") -> bytes:
+    return header(f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}}}", data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "no header"),
+        (b"<html>404 not found</html>", "no header"),
+        (zipped(), "no header"),
+        (pickle.dumps(Armed()), "no header"),
+        (WHOLE[:9], "no header"),
+        (WHOLE[:40], "no header"),
+        (WHOLE[:6] + b"\3" + WHOLE[7:], "no header of a .npy file, version 1 or 2"),
+        (header("nonsense"), "no header"),
+        (header("(" * 5000), "no header"),
+        (header("{'descr': '<f4', 'shape': (1,)}", bytes(4)), "no header"),
+        (WHOLE[:-1], "it holds 5 bytes of data, its header says 6"),
+        (WHOLE + b"x", "it holds 7 bytes of data, its header says 6"),
+        (array_header("<f8", "(1 << 62,)"), "no header"),
+        (array_header("<f8", f"({1 << 62}, 4)"), f"0 bytes of data, its header says {1 << 67}"),
+        (array_header("|u1", f"({'1, ' * 99})", b"0"), "maximum supported dimension"),
+        (array_header("<f4", "(-1, -2)", bytes(8)), r"shape \(-1, -2\) must have axes, each of at"),
+        (saved(np.zeros((0, 3))), r"shape \(0, 3\) must have axes, each of at least 1"),
+        (saved(np.float32(1)), r"shape \(\) must have axes"),
+        (array_header("|O", "(1,)", pickle.dumps(Armed())), "dtype object is no boolean, integer"),
+        (saved(np.zeros(2, np.complex64)), "dtype complex64 is no boolean, integer or float"),
+        (saved(np.zeros(2, [("a", "f4"), ("b", "u1")])), "dtype .* is no boolean"),
+        (saved(np.array(["a"])), "dtype <U1 is no boolean"),
+        (saved(np.array(["2020-01-01"], "M8[D]")), "dtype datetime64.* is no boolean"),
+        (saved(np.zeros(2, np.longdouble)), "dtype float128 is no boolean"),
+    ],
+)
+def test_what_is_no_plain_array_is_a_value_error(data: bytes, message: str):
+    with pytest.raises(ValueError, match=f"cannot read the array: .*{message}") as caught:
+        decode_array(data)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flipped_bytes_give_an_array_or_a_value_error():
+    whole, random = saved(np.ones((4, 5), np.float32)), np.random.default_rng(0)
+    for _ in range(500):
+        data = bytearray(whole)
+        for place in random.integers(0, len(data), 2):
+            data[place] = random.integers(256)
+        try:
+            assert decode_array(bytes(data)).dtype in (torch.float32, torch.int64, torch.uint8)
+        except ValueError as error:
+            assert str(error).startswith("cannot read the array")
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "axes"),
+    [
+        ((5, 7), 1, (None, 0, 1)),
+        ((1, 5, 7), 1, (0, 1, 2)),
+        ((5, 7, 1), 1, (2, 0, 1)),
+        ((3, 5, 7), 3, (0, 1, 2)),
+        ((5, 7, 3), 3, (2, 0, 1)),
+        ((3, 7, 3), 3, (0, 1, 2)),  # either would do: the first axis holds the channels
+        ((5, 13, 13), 13, (2, 0, 1)),
+        ((5, 7), 3, None),
+        ((5, 7, 2), 3, None),
+        ((5, 3, 7), 3, None),
+        ((5,), 1, None),
+        ((1, 1, 5, 7), 1, None),
+    ],
+)
+def test_arrays_as_images(shape: tuple[int, ...], channels: int, axes: Any):
+    for dtype in (torch.uint8, torch.float32):
+        array = torch.arange(math.prod(shape)).to(dtype).reshape(shape)
+        if axes is None:
+            with pytest.raises(
+                ValueError, match=rf"shape .{shape[0]},.* no image of {channels} ch"
+            ):
+                as_image(array, channels)
+            continue
+        truth = array.numpy()[None] if axes[0] is None else array.numpy().transpose(axes)
+        ours = as_image(array, channels)
+        np.testing.assert_array_equal(ours.numpy(), truth)
+        assert ours.dtype == dtype and ours.shape[0] == channels
+
+
+def test_16_bit_arrays_as_images_are_floats():
+    values = np.random.default_rng(0).integers(0, 1 << 16, (5, 7), dtype=np.uint16)
+    image = as_image(decode_array(saved(values)), 1)
+    assert image.dtype == torch.float32
+    np.testing.assert_array_equal(image[0].numpy(), values)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "turned"),
+    [
+        ((9,), 1, False),
+        ((1, 9), 1, False),
+        ((9, 1), 1, True),
+        ((2, 9), 2, False),
+        ((9, 2), 2, True),
+        ((2, 2), 2, False),
+        ((9,), 2, None),
+        ((9, 3), 2, None),
+        ((1, 2, 9), 2, None),
+    ],
+)
+def test_arrays_as_signals(shape: tuple[int, ...], channels: int, turned: bool | None):
+    for dtype in (torch.uint8, torch.int64, torch.float32):
+        array = torch.arange(math.prod(shape)).to(dtype).reshape(shape)
+        if turned is None:
+            with pytest.raises(ValueError, match=rf"shape .{shape[0]},.* signal of {channels} ch"):
+                as_signal(array, channels)
+            continue
+        ours = as_signal(array, channels).numpy()
+        truth = array.numpy().reshape(-1, channels).T if turned else array.numpy()
+        np.testing.assert_array_equal(ours, truth.reshape(channels, -1))
+        assert as_signal(array, channels).dtype == dtype
+
+
+# Signals.
+
+
+@pytest.mark.parametrize(("t", "length"), [(9, 4), (5, 5), (20, 1), (12, 11)])
+def test_every_stretch_of_a_signal_is_equally_likely(t: int, length: int):
+    signal = torch.arange(2 * t).reshape(2, t)
+    crop, counts = SignalCrop(length), np.zeros(t - length + 1)
+    for u in uniform(0, "crop", torch.arange(3000), 1):
+        ours = crop(signal, u)
+        start = int(ours[0, 0])
+        assert torch.equal(ours, signal[:, start : start + length])
+        counts[start] += 1
+    if len(counts) > 1:
+        assert chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("starts", [1, 2, 3, 7, 1000, (1 << 24) - 1, (1 << 24) + 3])
+def test_the_last_stretch_ends_with_the_signal(starts: int):
+    signal = torch.empty(1, starts + 4, dtype=torch.uint8)
+    last = torch.tensor([1.0]).nextafter(torch.tensor([0.0]))
+    crop = SignalCrop(5)(signal, last)
+    assert crop.shape == (1, 5)
+    # u has 24 bits: beyond, not every start can be drawn.
+    assert crop.storage_offset() == starts - (1 if starts < 1 << 24 else 2)
+    assert SignalCrop(5)(signal, torch.zeros(1)).storage_offset() == 0
+
+
+@pytest.mark.parametrize(("t", "length", "start"), [(9, 5, 2), (10, 5, 2), (5, 5, 0), (6, 1, 2)])
+def test_the_centre_of_a_signal(t: int, length: int, start: int):
+    signal = torch.rand(3, t)
+    assert torch.equal(SignalCrop(length)(signal), signal[:, start : start + length])
+
+
+def test_signal_crop_refuses():
+    with pytest.raises(ValueError, match="length 0 of a crop must be at least 1"):
+        SignalCrop(0)
+    for u in (None, torch.zeros(1)):
+        with pytest.raises(ValueError, match="a signal of 4 steps is shorter than 5"):
+            SignalCrop(5)(torch.zeros(1, 4), u)
+
+
+# Settings.
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from maepretrain.data import module
+from maepretrain.data import samples as samples_module
 from maepretrain.data.images import UNIFORMS, Augment, CentreCrop
-from maepretrain.data.module import Numbered, Samples, ShardIndex, Stream
 from maepretrain.data.order import EpochOrder
+from maepretrain.data.samples import Samples, ShardIndex
 from maepretrain.data.shards import open_shards
+from maepretrain.data.stream import Numbered, Stream
 from maepretrain.data.write import Arrays, write_shards
 from maepretrain.randomness import uniform
 
@@ -83,7 +84,7 @@ def test_chosen_samples(index: ShardIndex, numbers: list[int], chosen: list[int]
     assert len(few) == len(chosen)
     assert few.labels().tolist() == LABELS[truth].tolist()
     samples = Samples(few, 3, CentreCrop(9, 8))
-    assert samples.keys(list(range(len(chosen)))) == [f"{n:08d}" for n in truth]
+    assert keys_of(samples, list(range(len(chosen)))) == [f"{n:08d}" for n in truth]
     for i, number in enumerate(truth):
         np.testing.assert_array_equal(samples[i]["input"].permute(1, 2, 0), IMAGES[number])
     with pytest.raises(IndexError):
@@ -108,15 +109,19 @@ def test_a_choice_outside_is_refused(index: ShardIndex, chosen: list[int]):
 def test_columns_of_few_shards_are_remembered(
     index: ShardIndex, numbers: list[int], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(module, "REMEMBERED_SHARDS", 2)
+    monkeypatch.setattr(samples_module, "REMEMBERED_SHARDS", 2)
     assert index.labels().tolist() == LABELS[numbers].tolist()
     assert len(index._columns) == 2
     samples = Samples(index, 3, CentreCrop(9, 8))
     for i in (52, 0, 20, 52, 1):
-        assert samples.keys([i]) == [f"{numbers[i]:08d}"]
+        assert keys_of(samples, [i]) == [f"{numbers[i]:08d}"]
 
 
 # Samples.
+
+
+def keys_of(samples: Samples, positions: list[int]) -> list[str]:
+    return [key for _, key in samples.names(positions)]
 
 
 def samples_of(index: ShardIndex, seed: int = 3) -> Samples:
@@ -132,7 +137,7 @@ def test_a_sample_is_its_image_cropped_by_its_position(index: ShardIndex, number
         got = samples[position]
         shard, member = samples.order.locate(torch.tensor([position]))
         number = numbers[int(shard) * 7 + int(member)]
-        assert samples.keys([position]) == [f"{number:08d}"]
+        assert keys_of(samples, [position]) == [f"{number:08d}"]
         assert int(got["label"]) == LABELS[number] and int(got["position"]) == position
         u = uniform(3, "crop", torch.tensor([position]), UNIFORMS)[0]
         top, left, height, width = Augment(6, 6).box(9, 8, u.tolist())
@@ -204,7 +209,7 @@ def whole_run(
             assert len(positions) == stream.micro_batch == BATCH // world_size // accumulation
             pixels = [image.numpy().tobytes() for image in samples.__getitems__(positions)["input"]]
             step = steps.setdefault(start // BATCH + i // accumulation, [])
-            step += zip(samples.keys(positions), pixels, strict=True)
+            step += zip(keys_of(samples, positions), pixels, strict=True)
     return steps
 
 
@@ -214,7 +219,7 @@ def truth(folder: Path) -> dict[int, list[tuple[str, bytes]]]:
     samples = samples_of(ShardIndex(open_shards(str(folder / "train-*.tar"))))
     return {
         step: [
-            (samples.keys([position])[0], samples[position]["input"].numpy().tobytes())
+            (keys_of(samples, [position])[0], samples[position]["input"].numpy().tobytes())
             for position in range(step * BATCH, step * BATCH + BATCH)
         ]
         for step in range(6)

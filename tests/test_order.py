@@ -37,7 +37,9 @@ def epoch_by_definition(
     shuffled = []
     for lane in range(lanes):
         ids = sequence[lane * length : (lane + 1) * length]
-        blocks = [ids[i : i + block] for i in range(0, length, block)]
+        # The first block of a lane is shorter by the lane's share of a block.
+        first = block - lane * block // lanes
+        blocks = [ids[:first], *(ids[i : i + block] for i in range(first, length, block))]
         shuffled.append(
             [
                 ids_of_block[k]

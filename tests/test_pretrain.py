@@ -201,7 +201,7 @@ def test_another_order_of_samples_is_not_resumed(
         pretrain_tiny(tmp_path, "--trainer.max_steps", 4, "--data.global_batch", 16, "--resume")
         == 2
     )
-    assert "global_batch was 24 and is now 16" in capsys.readouterr().err
+    assert "global_batch was 24 and is 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed"])

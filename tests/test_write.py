@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from maepretrain.data.faults import ShardError
 from maepretrain.data.shards import index_path, open_shards
@@ -136,6 +136,66 @@ def test_other_formats_become_png_without_loss(tmp_path: Path, name: str, image:
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(truth))
 
 
+def saved(array: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(array))
+    return buffer.getvalue()
+
+
+def test_arrays_are_copied_byte_for_byte(tmp_path: Path):
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    files = {
+        "a/bands.npy": saved(np.ones((5, 4, 13), np.float32)),
+        "b/fortran.NPY": saved(np.asfortranarray(np.ones((5, 4), ">i2"))),
+        "b/tokens.v1.npy": saved(np.arange(9)),
+        "b/misnamed.jpg": saved(np.zeros((5, 4), np.uint8)),
+        "alone.npy": saved(np.zeros(3, bool)),
+        "b/picture.jpg": encoded(pixels(0), "JPEG"),
+    }
+    for name, content in files.items():
+        put(src, name, content)
+    assert write_shards(ImageFolder(src), dst, workers=2) == []
+    written = members(dst)
+    keys = {name: name.rpartition(".")[0].replace(".", "_") for name in files}
+    assert {n: c for n, c in written.items() if not n.endswith(".cls")} == {
+        f"{keys[name]}.{'jpg' if 'picture' in name else 'npy'}": content
+        for name, content in files.items()
+    }
+    labels = {name: written.get(f"{key}.cls") for name, key in keys.items()}
+    assert labels == {name: {"a": b"0", "b": b"1"}.get(name[: name.find("/")]) for name in files}
+    (shard,) = open_shards(str(dst / "train-*.tar"))
+    assert shard.samples == 6
+
+
+def test_unreadable_arrays_are_listed(tmp_path: Path):
+    src, dst = images(tmp_path / "src"), tmp_path / "dst"
+    broken = {
+        "class0/short.npy": (saved(np.ones(9))[:-1], "71 bytes of data, its header says 72"),
+        "class0/nan.npy": (saved(np.array([1, np.nan])), "NaN, infinity"),
+        "class1/complex.npy": (saved(np.ones(3, complex)), "dtype complex128"),
+        "class1/objects.npy": (saved(np.array([None])), "dtype object"),
+        "class2/header.npy": (saved(np.ones(9))[:30], "no header of a .npy file"),
+        "class2/page.npy": (b"<html>404</html>", "cannot identify"),
+    }
+    for name, (content, _) in broken.items():
+        put(src, name, content)
+    complaints = dict(line.split(": ", 1) for line in write_shards(ImageFolder(src), dst))
+    assert complaints.keys() == broken.keys()
+    for name, (_, message) in broken.items():
+        assert message in complaints[name], name
+    assert len(images_only(dst)) == 12
+
+
+@pytest.mark.parametrize("name", ["class0/a.npy", "B.NPY"])
+def test_short_side_refuses_arrays(tmp_path: Path, name: str):
+    src = images(tmp_path / "src")
+    put(src, name, saved(np.zeros((50, 50), np.uint8)))
+    message = f"short_side makes images smaller, not arrays, and 1 files are .npy: {name}, "
+    with pytest.raises(ShardError, match=message):
+        write_shards(ImageFolder(src), tmp_path / "dst", short_side=5)
+    assert not (tmp_path / "dst").exists()
+
+
 def test_classes_are_the_sorted_first_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     src = tmp_path / "src"
     for name in ("zebra/1.jpg", "Ant/deep/er/2.jpg", "ant/3.jpg", "b.dotted/4.jpg", "5.jpg"):
@@ -200,7 +260,7 @@ def test_every_name_becomes_a_sample_of_its_own_for_webdataset_and_for_us(tmp_pa
     assert sorted(theirs.values()) == sorted(contents.values())
     (shard,) = open_shards(str(dst / "train-000000.tar"))
     assert shard.columns().keys == tuple(theirs)
-    assert (shard.without_input, shard.further_inputs) == (0, 0)
+    assert (shard.faults, shard.further_inputs) == ({}, 0)
     # Names that need no change keep theirs; a dot becomes an underscore.
     assert {"c.d/a", "c.d/e.f/a_b", "c/a_b_c", "c/img_v1", "c/ünïcödé-日本"} <= theirs.keys()
     assert "c/img" not in theirs  # of three: each says which one it is
@@ -567,6 +627,29 @@ def test_short_side_keeps_the_brightness_of_every_mode(tmp_path: Path):
             assert np.abs(np.asarray(image.convert("L")) - truth).mean() < 2, name
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_short_side_keeps_the_orientation_and_no_other_tag(tmp_path: Path, form: str):
+    """The pixels stay as they are; only a reader that is asked to turns them."""
+    exif, name = Image.Exif(), f"a.{form.lower()}"
+    exif[ExifTags.Base.Artist] = "somebody"
+    for orientation in range(10):
+        src, dst = tmp_path / f"src{orientation}", tmp_path / f"dst{orientation}"
+        exif[ExifTags.Base.Orientation] = orientation
+        put(src, name, encoded(pixels(0, (60, 40)), form, exif=exif))
+        write_shards(ImageFolder(src), dst, short_side=20)
+        (content,) = members(dst).values()
+        with Image.open(io.BytesIO(content)) as ours:
+            assert ours.size == (30, 20)
+            turned = {ExifTags.Base.Orientation: orientation} if 2 <= orientation <= 8 else {}
+            assert dict(ours.getexif()) == turned
+
+
+def test_short_side_of_a_damaged_tag(tmp_path: Path):
+    put(tmp_path / "src", "a.jpg", encoded(pixels(0), "JPEG", exif=b"Exif\0\0nonsense"))
+    assert write_shards(ImageFolder(tmp_path / "src"), tmp_path / "dst", short_side=5) == []
+    assert len(members(tmp_path / "dst")) == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -767,13 +850,17 @@ def test_a_folder_of_images_is_found(tmp_path: Path):
 
 def test_writing_does_not_import_torch(tmp_path: Path):
     """`maepretrain --help` answers at once, and each of many processes is small."""
+    put(tmp_path / "arrays", "a.npy", saved(np.zeros(3)))
     code = (
         "import sys; from pathlib import Path; from maepretrain.data.write import *; "
         f"write_shards(ImageFolder(Path({str(images(tmp_path / 'src'))!r})), "
-        f"Path({str(tmp_path / 'dst')!r}), short_side=5); sys.exit('torch' in sys.modules)"
+        f"Path({str(tmp_path / 'dst')!r}), short_side=5); "
+        f"write_shards(ImageFolder(Path({str(tmp_path / 'arrays')!r})), "
+        f"Path({str(tmp_path / 'dst')!r}), 'arrays'); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert len(images_only(tmp_path / "dst")) == 12
+    assert len(members(tmp_path / "dst", "arrays")) == 1
 
 
 def test_indexes_are_those_of_a_scan(tmp_path: Path):
@@ -782,7 +869,8 @@ def test_indexes_are_those_of_a_scan(tmp_path: Path):
     for shard in open_shards(str(tmp_path / "train-*.tar")):
         with_index = shard.columns()
         index_path(shard.path).unlink()
-        scanned = shard.columns()
+        (again,) = open_shards(str(shard.path))
+        scanned = again.columns()
         assert with_index.keys == scanned.keys
         for name in ("offset", "size", "label", "extension"):
             np.testing.assert_array_equal(getattr(with_index, name), getattr(scanned, name))

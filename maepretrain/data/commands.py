@@ -1,7 +1,10 @@
-"""The verbs `shards write` and `shards index`: their signatures are the command line."""
+"""The verbs `shards write`, `index`, `order` and `check`: signatures are the command line."""
 
 from pathlib import Path
+from typing import Literal
 
+from maepretrain.data.cache import is_remote
+from maepretrain.data.faults import ShardError
 from maepretrain.data.shards import expand, make_indexes, open_shards, summary
 from maepretrain.data.write import find_source, write_shards
 
@@ -54,6 +57,71 @@ def index(patterns: list[str], workers: int = 2) -> int:
         patterns: shards: braces (a-{000..011}.tar), globs or files.
         workers: processes side by side.
     """
-    make_indexes(expand(patterns), workers, checksum=True)
-    print(summary(open_shards(patterns)))
+    urls = expand(patterns)
+    remote = next((url for url in urls if is_remote(url)), None)
+    if remote is not None:
+        raise ShardError(
+            f"{remote}: make the index where the shards are written and copy the .idx files beside "
+            "them; without, each node makes one in a pass over the shard"
+        )
+    print(summary(make_indexes([Path(url) for url in urls], workers, checksum=True)))
+    return 0
+
+
+def order(
+    patterns: list[str],
+    global_batch: int,
+    epoch: int = 0,
+    step: int | None = None,
+    world_size: int = 1,
+    rank: int = 0,
+    seed: int = 0,
+    lanes: int | None = None,
+    block: int = 8192,
+    tail: Literal["drop", "pad"] = "drop",
+    crops_per_image: int = 1,
+) -> int:
+    """Print what a rank will read, a line for each sample: step in the epoch, position in the run,
+    shard and key, separated by tabs.
+
+    Args:
+        patterns: shards, as in data.train.
+        global_batch: samples per optimizer step over all processes.
+        epoch: counted from 0.
+        step: only this step of the epoch, counted from 0; default all of them.
+        world_size: processes.
+        rank: one of them.
+        seed: as the run's.
+        lanes: as data.lanes.
+        block: as data.block.
+        tail: as data.tail.
+        crops_per_image: as data.crops_per_image.
+    """
+    from maepretrain.data.module import ShardData
+
+    mean = (0.5,) * 3
+    data = ShardData(
+        patterns,
+        global_batch=global_batch,
+        mean=mean,
+        std=mean,
+        seed=seed,
+        lanes=lanes,
+        block=block,
+        tail=tail,
+        crops_per_image=crops_per_image,
+    )
+    steps = data.order.steps_per_epoch
+    if not 0 <= rank < world_size:
+        raise ShardError(f"rank {rank} must be 0 to {world_size - 1}")
+    if epoch < 0 or (step is not None and not 0 <= step < steps):
+        raise ShardError(f"epoch {epoch}, step {step}: an epoch has steps 0 to {steps - 1}")
+    data.plan((epoch + 1) * steps, world_size, 1)
+    assert data.stream is not None
+    data.stream.rank = rank
+    samples = data.training()
+    for s in range(steps) if step is None else (step,):
+        positions = list(data.stream.positions(epoch * steps + s))
+        for position, (shard, key) in zip(positions, samples.names(positions), strict=True):
+            print(s, position, shard, key, sep="\t")
     return 0

@@ -1,6 +1,6 @@
-"""Pixels: decode to uint8, crop and resize with antialiased bicubic, flip.
+"""Pixels and signals: decode, crop, resize with antialiased bicubic, flip.
 
-All choices come from given uniform numbers.
+Images are (c, h, w), uint8 or float32; signals (c, t). All choices come from given uniform numbers.
 """
 
 import io
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torchvision.io  # noqa: F401  registers torch.ops.image
-from jaxtyping import Float, UInt8
-from PIL import Image
+from jaxtyping import Float, Real, Shaped, UInt8
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
+
+from maepretrain.data.arrays import read_array
 
 # RandomResizedCrop tries this often to fit a crop into the image before it takes one at the centre.
 ATTEMPTS = 10
@@ -25,24 +27,36 @@ UNIFORMS = 4 * ATTEMPTS + 1
 # torchvision reads JPEG in 2/3 of PIL's time and a small PNG in 1/2. Its operator is called without
 # the Python wrapper, which warns that it will be removed one day: PIL then reads everything.
 # NOTE: torchvision's PNG reader (0.29.1) ends the process (SIGSEGV) on most damaged files.
+# NOTE: its EXIF reader takes the first APP1 segment of a JPEG only, and knows no XMP.
 _FAST = getattr(torch.ops.image, "decode_image", None)
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_JPEG, _PNG, _XMP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"http://ns.adobe.com/xap/"
+
+# PIL's names; torchvision has these numbers too, but refuses alpha for JPEG.
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
-def decode(data: bytes, channels: int) -> UInt8[Tensor, "c h w"]:
-    """Decode an encoded image to uint8 with 1 (gray) or 3 (RGB) channels.
+def decode(data: bytes, channels: int, exif: bool = False) -> UInt8[Tensor, "c h w"]:
+    """Decode an encoded image to uint8: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha.
 
-    Alpha is dropped, 16-bit gray keeps its high byte, an orientation tag is ignored.
+    Alpha is dropped by 1 and 3, and 255 in 2 and 4 where the image has none. 16-bit gray keeps its
+    high byte.
+
+    Args:
+        data: the bytes of a JPEG, PNG, WebP or anything else that PIL reads.
+        channels: 1 to 4.
+        exif: turn the image upright as its orientation tag says; a damaged tag is ignored. TIFF is
+            always turned, by PIL.
 
     Raises:
         ValueError: bytes that are no image, or another number of channels.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"images decode to 1 or 3 channels, not {channels}")
-    if _FAST is not None and (data.startswith(_JPEG) or _is_sound_png(data)):
-        with suppress(RuntimeError):  # its numbers for gray and RGB are 1 and 3 too
-            return _FAST(torch.frombuffer(bytearray(data), dtype=torch.uint8), channels, False)
-    return _decode_with_pil(data, channels)
+    if channels not in _MODES:
+        raise ValueError(f"images decode to 1, 2, 3 or 4 channels, not {channels}")
+    fast = not (exif and _XMP in data) if data.startswith(_JPEG) else _is_sound_png(data)
+    if _FAST is not None and fast:
+        with suppress(RuntimeError):
+            return _FAST(torch.frombuffer(bytearray(data), dtype=torch.uint8), channels, exif)
+    return _decode_with_pil(data, channels, exif)
 
 
 def _is_sound_png(data: bytes) -> bool:
@@ -79,10 +93,14 @@ def _png_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
     return chunks
 
 
-def _decode_with_pil(data: bytes, channels: int) -> UInt8[Tensor, "c h w"]:
+def _decode_with_pil(data: bytes, channels: int, exif: bool) -> UInt8[Tensor, "c h w"]:
     try:
         with Image.open(io.BytesIO(data)) as image:
-            array = np.array(eight_bit(image).convert("L" if channels == 1 else "RGB"))
+            image.load()  # raises on damaged pixels, which must not pass for a damaged tag
+            with suppress(Exception):
+                if exif:
+                    ImageOps.exif_transpose(image, in_place=True)
+            array = np.array(eight_bit(image).convert(_MODES[channels]))
     except Exception as error:  # PIL's readers raise anything on damaged bytes
         message = str(error).partition(" <_io.BytesIO")[0]  # PIL names the buffer, by its address
         raise ValueError(f"cannot decode the image: {message}") from error
@@ -101,6 +119,47 @@ def eight_bit(image: Image.Image) -> Image.Image:
     if image.mode.startswith("F") or pixels.min() < 0 or pixels.max() > 0xFFFF:
         raise ValueError(f"pixels of mode {image.mode} are not in the range of 8 or 16 bits")
     return Image.fromarray((pixels >> 8).astype(np.uint8))
+
+
+def decode_array(data: bytes) -> Shaped[Tensor, "..."]:
+    """The array of a `.npy` file: uint8 (also of booleans), int64 (other integers) or float32.
+
+    Raises:
+        ValueError: as `read_array`.
+    """
+    return torch.from_numpy(read_array(data))
+
+
+def as_image(array: Shaped[Tensor, "..."], channels: int) -> Real[Tensor, "c h w"]:
+    """An array (h, w), (c, h, w) or, where its first axis is not `channels`, (h, w, c) as an image.
+
+    uint8 stays, integers (int64, as 16-bit pixels are read) become float32.
+
+    Raises:
+        ValueError: another shape.
+    """
+    image = array[None] if array.ndim == 2 else array
+    if image.ndim == 3 and image.shape[0] != channels:
+        image = image.permute(2, 0, 1)
+    if image.ndim != 3 or image.shape[0] != channels:
+        raise ValueError(f"shape {tuple(array.shape)} is no image of {channels} channels")
+    return image.float() if image.dtype == torch.int64 else image
+
+
+def as_signal(array: Shaped[Tensor, "..."], channels: int) -> Shaped[Tensor, "c t"]:
+    """An array (t,), (c, t) or, where its first axis is not `channels`, (t, c) as a signal.
+
+    The dtype stays: int64 holds tokens.
+
+    Raises:
+        ValueError: another shape.
+    """
+    signal = array[None] if array.ndim == 1 else array
+    if signal.ndim == 2 and signal.shape[0] != channels:
+        signal = signal.T
+    if signal.ndim != 2 or signal.shape[0] != channels:
+        raise ValueError(f"shape {tuple(array.shape)} is no signal of {channels} channels")
+    return signal
 
 
 @dataclass(frozen=True)
@@ -134,9 +193,12 @@ class Augment:
             raise ValueError(f"flip {self.flip} must be a probability, 0 to 1")
 
     def __call__(
-        self, image: UInt8[Tensor, "c h w"], u: Float[Tensor, "u"]
-    ) -> UInt8[Tensor, "c h2 w2"]:
-        """The augmented image; `u` holds the uniform numbers that decide."""
+        self, image: Real[Tensor, "c h w"], u: Float[Tensor, "u"]
+    ) -> Real[Tensor, "c h2 w2"]:
+        """The augmented image, uint8 or float32 as given; `u` in [0, 1) decides, `UNIFORMS` long.
+
+        Any number of channels.
+        """
         numbers = u.tolist()
         top, left, height, width = self.box(image.shape[1], image.shape[2], numbers)
         image = image[:, top : top + height, left : left + width]
@@ -165,7 +227,7 @@ class CentreCrop:
     """Evaluation: a centre crop of the output's shape, resized to (height, width).
 
     It has `share` of the sides of the largest crop of that shape: 224 with share 0.875 is the usual
-    256-then-224. An image that already has the size stays as it is.
+    256-then-224. An image that already has the size stays as it is. uint8 or float32, any channels.
 
     Raises:
         ValueError: a share that is not in (0, 1].
@@ -180,7 +242,7 @@ class CentreCrop:
         if not 0 < self.share <= 1:
             raise ValueError(f"the share {self.share} of a centre crop must be in (0, 1]")
 
-    def __call__(self, image: UInt8[Tensor, "c h w"]) -> UInt8[Tensor, "c h2 w2"]:
+    def __call__(self, image: Real[Tensor, "c h w"]) -> Real[Tensor, "c h2 w2"]:
         _, h, w = image.shape
         if (h, w) == (self.height, self.width):
             return image
@@ -191,13 +253,46 @@ class CentreCrop:
         return resize(image[:, top : top + height, left : left + width], self.height, self.width)
 
 
+@dataclass(frozen=True)
+class SignalCrop:
+    """A stretch of `length` steps of a signal: at random in training, the centre in evaluation.
+
+    Raises:
+        ValueError: a length below 1.
+    """
+
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"the length {self.length} of a crop must be at least 1")
+
+    def __call__(
+        self, signal: Shaped[Tensor, "c t"], u: Float[Tensor, "u"] | None = None
+    ) -> Shaped[Tensor, "c length"]:
+        """The crop, a view of any dtype; u[0] in [0, 1) decides where, None takes the centre.
+
+        Raises:
+            ValueError: a signal shorter than the crop.
+        """
+        starts = signal.shape[1] - self.length + 1
+        if starts < 1:
+            raise ValueError(f"a signal of {signal.shape[1]} steps is shorter than {self.length}")
+        # In Python's float64: in float32 a product beyond 2**24 can round up to `starts`.
+        start = (starts - 1) // 2 if u is None else int(float(u[0]) * starts)
+        return signal[:, start : start + self.length]
+
+
 def _check_size(height: int, width: int) -> None:
     if min(height, width) < 1:
         raise ValueError(f"image size {height}x{width} must be at least 1x1")
 
 
-def resize(image: UInt8[Tensor, "c h w"], height: int, width: int) -> UInt8[Tensor, "c h2 w2"]:
-    """Antialiased bicubic in uint8, as PIL's; the image itself where it already has the size."""
+def resize(image: Real[Tensor, "c h w"], height: int, width: int) -> Real[Tensor, "c h2 w2"]:
+    """Antialiased bicubic as PIL's; the image itself where it already has the size.
+
+    uint8 is rounded and clamped; float32 overshoots at edges as bicubic weights do.
+    """
     if image.shape[1:] == (height, width):
         return image
     return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]

@@ -10,11 +10,16 @@ anywhere with any number of processes.
                straddle two
     batch      B / L consecutive samples of every lane
     blocks     inside a lane, samples are shuffled within blocks, so that a reader keeps to few
-               shards at a time
+               shards at a time; blocks of different lanes begin at different steps, so that new
+               shards are wanted one after the other
 
 With `tail="drop"` T = N // B and the last N - T*B samples of the permuted sequence are left out
 (others in every epoch); with `tail="pad"` T = ceil(N / B) and the sequence is continued from its
-start.
+start. With `tail="carry"` all N are cut into lanes (lane l ends at (l+1)*N // L), what T = N // B
+whole batches leave of them comes after, lane by lane, and the next epoch begins in the same batch.
+
+A mixture draws a fixed number of samples from each source in every batch, and each source goes
+through its own epochs, which end where they end ("carry").
 """
 
 from functools import lru_cache
@@ -25,7 +30,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from maepretrain.randomness import permutation
+from maepretrain.randomness import key, permutation
 
 
 class EpochOrder:
@@ -38,7 +43,8 @@ class EpochOrder:
         lanes: equal ranges read side by side; must divide `global_batch`. None takes
             gcd(global_batch, 16).
         block: samples that are shuffled together inside a lane.
-        tail: what happens to the samples left over when an epoch is no whole number of batches.
+        tail: what happens to the samples left over when an epoch is no whole number of batches:
+            "drop" or "pad"; "carry" is for the sources of a mixture.
 
     Raises:
         ValueError: no whole batch in an epoch, lanes that do not divide the batch, or a setting out
@@ -52,11 +58,11 @@ class EpochOrder:
         seed: int = 0,
         lanes: int | None = None,
         block: int = 8192,
-        tail: Literal["drop", "pad"] = "drop",
+        tail: Literal["drop", "pad", "carry"] = "drop",
     ) -> None:
         if global_batch < 1 or block < 1:
             raise ValueError(f"global batch {global_batch} and block {block} must be at least 1")
-        if tail not in ("drop", "pad"):
+        if tail not in ("drop", "pad", "carry"):
             raise ValueError(f'tail "{tail}" must be "drop" or "pad"')
         self.counts, self.global_batch, self.seed, self.block = counts, global_batch, seed, block
         self.samples = int(counts.sum())
@@ -65,14 +71,17 @@ class EpochOrder:
             raise ValueError(f"global batch {global_batch} is not divisible by {self.lanes} lanes")
         if self.samples == 0:
             raise ValueError("the shards hold no samples")
-        whole = self.samples // global_batch if tail == "drop" else -(-self.samples // global_batch)
-        if whole == 0:
+        up = self.samples % global_batch > 0 and tail == "pad"
+        whole = self.steps_per_epoch = self.samples // global_batch + up
+        if whole == 0 and tail != "carry":
             raise ValueError(
                 f"global batch {global_batch} is larger than the {self.samples} samples: take a "
                 f'smaller batch or tail: "pad"'
             )
-        self.steps_per_epoch = whole
-        self.lane_length = whole * global_batch // self.lanes
+        self.length = self.samples if tail == "carry" else whole * global_batch
+        lane = torch.arange(self.lanes + 1)
+        self._lane_ends = lane * self.length // self.lanes
+        self._left_ends = self._lane_ends - lane * whole * (global_batch // self.lanes)
         self._remember()
 
     def _remember(self) -> None:
@@ -90,25 +99,35 @@ class EpochOrder:
     @property
     def left_over(self) -> int:
         """Samples dropped (positive) or repeated (negative) in each epoch."""
-        return self.samples - self.steps_per_epoch * self.global_batch
+        return self.samples - self.length
+
+    def describe(self) -> str:
+        """What an epoch leaves out or repeats."""
+        if self.left_over > 0:
+            return f"{self.left_over} left out of each epoch (no whole batch)"
+        if self.left_over < 0:
+            return f"{-self.left_over} repeated in each epoch to fill the last batch"
+        return ""
 
     def _permute_shards(self, epoch: int) -> tuple[Tensor, Tensor]:
         shards = permutation(self.seed, "shards", len(self.counts), epoch)
         return shards, self.counts[shards].cumsum(0)
 
+    def _first_of_block(self, lane: int, block: int) -> int:
+        """Where a block begins in its lane: lane l's first block is l/L of a block shorter."""
+        return max(0, block * self.block - lane * self.block // self.lanes)
+
     def _permute_block(self, epoch: int, lane: int, block: int) -> Tensor:
-        size = min(self.block, self.lane_length - block * self.block)
-        return permutation(self.seed, "block", size, epoch, lane, block)
+        begin, end = self._first_of_block(lane, block), self._first_of_block(lane, block + 1)
+        lane_length = int(self._lane_ends[lane + 1] - self._lane_ends[lane])
+        return permutation(self.seed, "block", min(end, lane_length) - begin, epoch, lane, block)
 
     def locate(
         self, positions: Int64[Tensor, "n"]
     ) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]]:
         """(shard, member in the shard) of each position of the run."""
-        global_step, i = positions // self.global_batch, positions % self.global_batch
-        epoch, step = global_step // self.steps_per_epoch, global_step % self.steps_per_epoch
-        per_lane = self.global_batch // self.lanes
-        lane, in_lane = i // per_lane, step * per_lane + i % per_lane
-        place = self._shuffle(epoch, lane, in_lane) % self.samples
+        epoch, i = positions // self.length, positions % self.length
+        place = self._shuffle(epoch, *self._lane(i)) % self.samples
         shard, member = torch.empty_like(positions), torch.empty_like(positions)
         for e in epoch.unique().tolist():
             here = epoch == e
@@ -118,12 +137,26 @@ class EpochOrder:
             member[here] = place[here] - (ends[nth] - self.counts[shards[nth]])
         return shard, member
 
+    def _lane(self, i: Int64[Tensor, "n"]) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]]:
+        """(lane, place in the lane) that the i-th position of an epoch reads."""
+        per_lane = self.global_batch // self.lanes
+        step, in_batch = i // self.global_batch, i % self.global_batch
+        lane, in_lane = in_batch // per_lane, step * per_lane + in_batch % per_lane
+        left = i - self.steps_per_epoch * self.global_batch
+        if (left >= 0).any():
+            of = torch.searchsorted(self._left_ends[1:], left, right=True)
+            after = self.steps_per_epoch * per_lane + left - self._left_ends[of]
+            lane, in_lane = torch.where(
+                left >= 0, torch.stack([of, after]), torch.stack([lane, in_lane])
+            )
+        return lane, in_lane
+
     def _shuffle(
         self, epoch: Int64[Tensor, "n"], lane: Int64[Tensor, "n"], in_lane: Int64[Tensor, "n"]
     ) -> Int64[Tensor, "n"]:
         """The place in the epoch's sequence of shards that stands at `in_lane` of a lane."""
-        blocks_per_lane = -(-self.lane_length // self.block)
-        block = in_lane // self.block
+        blocks_per_lane = self.length // self.lanes // self.block + 3
+        block = (in_lane + lane * self.block // self.lanes) // self.block
         place = torch.empty_like(in_lane)
         # A micro-batch touches few blocks, so each of them is looked up once.
         names, which = ((epoch * self.lanes + lane) * blocks_per_lane + block).unique(
@@ -132,7 +165,118 @@ class EpochOrder:
         for k, name in enumerate(names.tolist()):
             epoch_and_lane, b = divmod(name, blocks_per_lane)
             e, l = divmod(epoch_and_lane, self.lanes)  # noqa: E741
-            here = which == k
+            here, first = which == k, self._first_of_block(l, b)
             order = self._block(e, l, b)
-            place[here] = l * self.lane_length + b * self.block + order[in_lane[here] % self.block]
+            place[here] = self._lane_ends[l] + first + order[in_lane[here] - first]
         return place
+
+
+class Mixture:
+    """Draws from several sources by weight, to (shard, member); shards are numbered through all
+    sources.
+
+    A batch holds the same number of samples of a source every time, as near to its weight as whole
+    numbers come. A source's n-th draw is the n-th sample of its own endless order: each of its
+    samples once in each of its own epochs, however often it is gone through.
+
+    Args:
+        sources: samples in each shard of each source, int64.
+        weights: of the sources, > 0; only their ratios matter.
+        global_batch: samples per optimizer step.
+        samples_per_epoch: draws that are called an epoch; default as many as there are samples.
+        seed: the order's seed.
+        lanes: ranges of a source read side by side; default 16, or as many of them as divide its
+            draws.
+        block: samples that are shuffled together inside a lane.
+
+    Raises:
+        ValueError: a weight that is not positive or gives no sample in a batch, an empty source, or
+            an epoch without a whole batch.
+    """
+
+    def __init__(
+        self,
+        sources: list[Int64[Tensor, "..."]],
+        weights: list[float],
+        global_batch: int,
+        samples_per_epoch: int | None = None,
+        seed: int = 0,
+        lanes: int | None = None,
+        block: int = 8192,
+    ) -> None:
+        if len(weights) != len(sources) or (lanes is not None and lanes < 1):
+            raise ValueError(
+                f"{len(sources)} sources need as many weights, not {weights}, and lanes {lanes} "
+                "must be at least 1"
+            )
+        self.global_batch = global_batch
+        self.draws = _share_out(weights, global_batch)
+        samples = sum(int(counts.sum()) for counts in sources)
+        draws_per_epoch = samples if samples_per_epoch is None else samples_per_epoch
+        self.steps_per_epoch = draws_per_epoch // global_batch
+        if self.steps_per_epoch < 1:
+            raise ValueError(
+                f"an epoch of {draws_per_epoch} draws holds no batch of {global_batch}"
+            )
+        self.orders = [
+            _source_order(counts, draws, key(seed, "source", s), lanes or 16, block)
+            for s, (counts, draws) in enumerate(zip(sources, self.draws, strict=True))
+        ]
+        numbers = torch.tensor([len(counts) for counts in sources])
+        self._first_shard = (numbers.cumsum(0) - numbers).tolist()
+        # The sources are spread evenly over the batch, so that every rank reads a part of each.
+        of, nth = zip(*((s, n) for s, d in enumerate(self.draws) for n in range(d)), strict=True)
+        source, draw = torch.tensor(of), torch.tensor(nth)
+        spread = ((draw + 0.5) / torch.tensor(self.draws)[source]).argsort(stable=True)
+        self._source, self._draw = source[spread], draw[spread]
+
+    def describe(self) -> str:
+        """How many of a batch come from each source."""
+        parts = " + ".join(str(draws) for draws in self.draws)
+        draws = self.steps_per_epoch * self.global_batch
+        return f"a batch is {parts} of the sources, an epoch {draws:,} draws"
+
+    def locate(
+        self, positions: Int64[Tensor, "n"]
+    ) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]]:
+        """(shard, member in the shard) of each position of the run."""
+        step, i = positions // self.global_batch, positions % self.global_batch
+        source, draw = self._source[i], self._draw[i]
+        shard, member = torch.empty_like(positions), torch.empty_like(positions)
+        for s in source.unique().tolist():
+            here = source == s
+            in_source, member[here] = self.orders[s].locate(step[here] * self.draws[s] + draw[here])
+            shard[here] = in_source + self._first_shard[s]
+        return shard, member
+
+
+Order = EpochOrder | Mixture
+
+
+def _share_out(weights: list[float], total: int) -> list[int]:
+    """Whole numbers in the ratio of the weights that sum to `total` (largest remainders)."""
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise ValueError(f"weights {weights} of the sources must be positive numbers")
+    exact = [weight / sum(weights) * total for weight in weights]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda s: shares[s] - exact[s])
+    for s in by_remainder[: total - sum(shares)]:
+        shares[s] += 1
+    if min(shares) < 1:
+        raise ValueError(
+            f"weight {weights[shares.index(min(shares))]} of {weights} gives no sample in a batch "
+            f"of {total}: take a larger weight or batch"
+        )
+    return shares
+
+
+def _source_order(
+    counts: Int64[Tensor, "shards"], draws: int, seed: int, lanes: int, block: int
+) -> EpochOrder:
+    """The endless order of one source of a mixture."""
+    side_by_side = gcd(draws, lanes)
+    if 2 * side_by_side >= lanes:
+        return EpochOrder(counts, draws, seed, side_by_side, block, "carry")
+    # Few lanes would shuffle badly: the draws go round all lanes instead, so that every rank reads
+    # of each.
+    return EpochOrder(counts, lanes, seed, lanes, block, "carry")

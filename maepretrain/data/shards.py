@@ -12,10 +12,12 @@ import json
 import os
 import re
 import tarfile
+import time
 import zlib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, partial
 from glob import glob
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,12 +27,28 @@ import numpy as np
 from braceexpand import braceexpand
 from rich.progress import track
 
-from maepretrain.data.faults import ShardError
+from maepretrain.data.cache import ShardCache, is_remote
+from maepretrain.data.faults import (
+    DAMAGED_SHARD,
+    EMPTY_SHARD,
+    KINDS,
+    MISSING_INPUT,
+    SECOND_MEMBER,
+    WRONG_LABEL_FAULT,
+    ShardError,
+)
 from maepretrain.files import replacing
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 INPUT_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "npy")
 NO_LABEL = -1
+# The label of a sample whose label member is no integer >= 0.
+WRONG_LABEL = -2
+# A tar writes this many bytes about a member right before its bytes.
+TAR_HEADER = 512
+# Seconds for which the index of a remote shard is not asked for again: the ranks of a node start
+# together, and one of them asks.
+FRESH = 600
 
 
 # WebDataset's convention: the key ends at the first dot of the file name; folders may hold dots.
@@ -42,39 +60,65 @@ _MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
 class Columns:
     """The samples of one shard.
 
-    Byte offset and size of the input member, label (-1: none), extension and key.
+    Byte offset and size of the input member, crc32 of the tar header before it, label (-1: none,
+    -2: wrong), extension and key.
     """
 
     offset: np.ndarray
     size: np.ndarray
+    header: np.ndarray
     label: np.ndarray
     extension: np.ndarray
-    keys: tuple[str, ...]
+    key_bytes: bytes
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The keys, taken apart when first asked for: training never asks."""
+        return tuple(self.key_bytes.decode(*_ENCODING).split("\0")) if len(self.offset) else ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar file and the head of its index."""
+    """One tar file and the head of its index.
 
-    path: Path
+    Args:
+        url: a local path or the address of a remote shard.
+        sidecar: the index, on a local disk.
+        samples: how many have an input.
+        bytes: size of the tar.
+        sha256: of the tar, where the index was made with it.
+        faults: kind -> keys of the samples (of a damaged tar: what is wrong).
+        further_inputs: images besides the first one of a sample.
+        unreadable: what `shards write` had to leave out of the source.
+    """
+
+    url: str
+    sidecar: Path
     samples: int
     bytes: int
     sha256: str | None
-    without_input: int
+    faults: dict[str, list[str]]
+    further_inputs: int
     unreadable: tuple[str, ...]
-    further_inputs: int = 0
+
+    @property
+    def path(self) -> Path:
+        """The path of a local shard."""
+        return Path(self.url)
+
+    @property
+    def name(self) -> str:
+        """The file's name, without what a signed address carries."""
+        return self.url.partition("?")[0].rpartition("/")[2]
 
     def columns(self) -> Columns:
-        """Read the index's columns (made on the fly where there is no sidecar)."""
-        sidecar = index_path(self.path)
-        if not sidecar.exists():
-            return scan(self.path)[1]
+        """Read the index's columns."""
         try:
-            with sidecar.open("rb") as file:
+            with self.sidecar.open("rb") as file:
                 file.readline()
                 return _unpack(zlib.decompress(file.read()), self.samples)
-        except (ValueError, zlib.error) as error:
-            raise ShardError(f"{sidecar} is damaged; delete it: {error}") from error
+        except (OSError, ValueError, zlib.error) as error:
+            raise ShardError(f"{self.sidecar} is damaged; delete it: {error}") from error
 
 
 def index_path(shard: Path) -> Path:
@@ -82,74 +126,137 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".idx")
 
 
-def expand(patterns: str | list[str]) -> list[Path]:
-    """Shard paths of one or several patterns: braces (`a-{000..011}.tar`), globs, plain files.
+def expand(patterns: str | list[str], cache: ShardCache | None = None) -> list[str]:
+    """Shards of one or several patterns: braces (`a-{000..011}.tar`), globs, plain files,
+    addresses.
 
     In the order of the patterns; sorted within a glob.
 
     Raises:
-        ShardError: a pattern that matches no file, or a remote address.
+        ShardError: a pattern that matches no file, or a command (`pipe:`).
     """
-    paths: list[Path] = []
+    urls: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        paths += _expand_one(pattern)
-    if not paths:
+        urls += _expand_one(pattern, cache)
+    if not urls:
         raise ShardError(f"no shards are named: the patterns are {patterns}")
-    doubled = len(paths) - len(set(paths))
+    doubled = len(urls) - len(set(urls))
     if doubled:
         raise ShardError(f"{doubled} shards are named more than once by {patterns}")
-    return paths
+    return urls
 
 
-def _expand_one(pattern: str) -> list[Path]:
-    if "://" in pattern or pattern.startswith("pipe:"):
-        raise ShardError(f"{pattern}: only local shards can be read so far; copy them to a disk")
+def _expand_one(pattern: str, cache: ShardCache | None) -> list[str]:
+    if pattern.startswith("pipe:"):
+        raise ShardError(
+            f"{pattern}: what a command prints has no index and no exact resume; read it with "
+            "--data.exact false --data.allow_pipe"
+        )
+    pattern = pattern.removeprefix("file://")
     path = Path(pattern).expanduser()
-    if path.is_dir():
-        raise ShardError(f"{pattern} is a folder; name its shards: {path / '*.tar'}")
-    if path.is_file():  # also a name that holds a brace or a bracket
-        return [path]
+    if not is_remote(pattern):
+        if path.is_dir():
+            raise ShardError(f"{pattern} is a folder; name its shards: {path / '*.tar'}")
+        if path.is_file():  # also a name that holds a brace or a bracket
+            return [str(path)]
     try:
         urls = list(braceexpand(pattern))
     except ValueError:
         raise ShardError(f"{pattern}: a brace is not closed or not opened") from None
-    return [path for url in urls for path in _existing(url, pattern)]
+    return [found for url in urls for found in _existing(url, pattern, cache)]
 
 
-def _existing(url: str, pattern: str) -> list[Path]:
+def _existing(url: str, pattern: str, cache: ShardCache | None) -> list[str]:
+    if is_remote(url):
+        wild = any(character in url.partition("?")[0] for character in "*[")
+        found = (cache or ShardCache()).expand(url) if wild else [url]
+        return [one for one in found if not one.endswith(".idx")]
     path = Path(url).expanduser()
-    found = [path] if path.is_file() else []
+    found = [str(path)] if path.is_file() else []
     if not found and any(character in url for character in "*?["):
         # Path.glob would take hidden files too.
         matches = (Path(match) for match in sorted(glob(str(path))))  # noqa: PTH207
-        found = [match for match in matches if match.is_file() and match.suffix != ".idx"]
+        found = [str(match) for match in matches if match.is_file() and match.suffix != ".idx"]
     if not found:
         raise ShardError(f"no shard matches {url}" + (f" of {pattern}" if url != pattern else ""))
     return found
 
 
-def open_shards(patterns: str | list[str], workers: int = 1) -> list[Shard]:
+def open_shards(
+    patterns: str | list[str], workers: int = 1, cache: ShardCache | None = None
+) -> list[Shard]:
     """Shards of the patterns with their heads.
 
-    A missing index is made, and kept where the folder can be written.
+    A missing index is made: beside the shard, or in the cache folder where the shard's folder
+    cannot be written. The index of a remote shard is the sidecar that lies beside it, or is made in
+    one pass over the shard.
+
+    Raises:
+        ShardError: a pattern that names nothing, no tar, an index that belongs to other bytes, or
+            a remote shard that cannot be fetched.
     """
-    paths = expand(patterns)
-    made = make_indexes([path for path in paths if not index_path(path).exists()], workers)
-    fresh = {shard.path: shard for shard in made}
-    return [fresh.get(path) or read_head(path) for path in paths]
+    cache = cache or ShardCache()
+    urls = expand(patterns, cache)
+    missing = [Path(url) for url in urls if not is_remote(url) and _sidecar(Path(url)) is None]
+    known = {shard.url: shard for shard in make_indexes(missing, workers)}
+    remote = [url for url in urls if is_remote(url)]
+    known |= {shard.url: shard for shard in _open_remote(remote, cache)}
+    return [known.get(url) or read_head(Path(url)) for url in urls]
 
 
 def make_indexes(paths: list[Path], workers: int = 1, checksum: bool = False) -> list[Shard]:
     """Write the sidecar of each shard, in parallel.
 
-    `checksum` reads every byte; without it only tar headers are read, and a folder that cannot be
-    written is no error.
+    `checksum` reads every byte; without it only tar headers are read.
     """
     if not paths:
         return []
-    jobs = [(path, checksum) for path in paths]
-    made = in_processes(_make_index, jobs, workers)
-    return list(track(made, "indexing shards", len(jobs), transient=True))
+    made = in_processes(_make_index, [(path, checksum) for path in paths], workers)
+    return list(track(made, "indexing shards", len(paths), transient=True))
+
+
+def _open_remote(urls: list[str], cache: ShardCache) -> list[Shard]:
+    if not urls:
+        return []
+    with ThreadPoolExecutor(min(16, len(urls))) as pool:
+        opened = pool.map(lambda url: _open_one(url, cache), urls)
+        try:
+            return list(track(opened, "reading indexes", len(urls), transient=True))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _open_one(url: str, cache: ShardCache) -> Shard:
+    sidecar = _kept_index(url, cache)
+    try:
+        fresh = time.time() - sidecar.stat().st_mtime < FRESH
+    except FileNotFoundError:
+        fresh = False
+    if not fresh:
+        address, mark, query = url.partition("?")
+        beside = cache.small(f"{address}.idx{mark}{query}")
+        if beside is None:
+            fetched = cache.fetch(url)
+            head, columns = scan(fetched)
+            head["sha256"] = _sha256(fetched)
+            write_index(sidecar, head, columns)
+            # From now on the shard is known by its checksum.
+            fetched.replace(cache.path(url, head["bytes"], head["sha256"]))
+        else:
+            sidecar.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(sidecar) as file:
+                file.write(beside)
+    return _read_sidecar(url, sidecar)
+
+
+def _kept_index(url: str, cache: ShardCache) -> Path:
+    """Where the index of a shard lies that cannot lie beside it."""
+    return cache.folder / "index" / (hashlib.sha256(os.fsencode(url)).hexdigest()[:32] + ".idx")
+
+
+def _sidecar(path: Path) -> Path | None:
+    kept = _kept_index(str(path.resolve()), ShardCache())
+    return next((place for place in (index_path(path), kept) if place.exists()), None)
 
 
 def in_processes(function: Any, jobs: list[Any], workers: int) -> Iterator[Any]:
@@ -171,49 +278,53 @@ def in_processes(function: Any, jobs: list[Any], workers: int) -> Iterator[Any]:
 def _make_index(job: tuple[Path, bool]) -> Shard:
     path, checksum = job
     head, columns = scan(path)
+    sidecar = index_path(path)
     if checksum:
-        with path.open("rb") as file:
-            head["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        head["sha256"] = _sha256(path)
+    try:  # what the writer left out of the source is no longer seen in the shard
+        head["unreadable"] = _read_head(sidecar).get("unreadable", ())
+    except (OSError, ShardError):
+        head["unreadable"] = ()
     try:
-        write_index(path, head, columns)
+        write_index(sidecar, head, columns)
     except OSError as error:
         if checksum or error.errno not in {errno.EACCES, errno.EPERM, errno.EROFS}:
             raise
-    return _shard(path, head)
+        sidecar = _kept_index(str(path.resolve()), ShardCache())
+        write_index(sidecar, head, columns)
+    return _shard(str(path), sidecar, head)
 
 
-def _shard(path: Path, head: dict[str, Any]) -> Shard:
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shard(url: str, sidecar: Path, head: dict[str, Any]) -> Shard:
     return Shard(
-        path,
+        url,
+        sidecar,
         head["samples"],
         head["bytes"],
         head.get("sha256"),
-        head["without_input"],
+        head["faults"],
+        head["further_inputs"],
         tuple(head.get("unreadable", ())),
-        head.get("further_inputs", 0),
     )
 
 
 def read_head(path: Path) -> Shard:
-    """The head of a shard's index, checked against the shard's size.
+    """The head of a local shard's index, checked against the shard's size.
 
     Raises:
-        ShardError: a missing shard, an index of another version or that belongs to other bytes.
+        ShardError: a missing shard, an index that is missing, of another version or of other bytes.
     """
-    sidecar = index_path(path)
     if not path.is_file():
         raise ShardError(f"no such shard: {path}")
-    if not sidecar.exists():
-        return _shard(path, scan(path)[0])
-    try:
-        with sidecar.open("rb") as file:
-            head = json.loads(file.readline())
-        version = head["version"]
-        shard = _shard(path, head) if version == INDEX_VERSION else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{sidecar} is no shard index; delete it") from error
-    if shard is None:
-        raise ShardError(f"{sidecar} has version {version}, not {INDEX_VERSION}; delete it")
+    sidecar = _sidecar(path)
+    if sidecar is None:
+        raise ShardError(f"{path} has no index; run `maepretrain shards index {path}`")
+    shard = _read_sidecar(str(path), sidecar)
     if shard.bytes != path.stat().st_size:
         raise ShardError(
             f"{sidecar} is stale: the shard has {path.stat().st_size} bytes, its index says "
@@ -222,21 +333,47 @@ def read_head(path: Path) -> Shard:
     return shard
 
 
-def write_index(path: Path, head: dict[str, Any], columns: Columns) -> None:
-    """Write the sidecar atomically."""
-    with replacing(index_path(path)) as file:
+def _read_sidecar(url: str, sidecar: Path) -> Shard:
+    try:
+        return _shard(url, sidecar, _read_head(sidecar))
+    except (KeyError, TypeError) as error:
+        raise ShardError(f"{sidecar} is no shard index; delete it") from error
+
+
+def _read_head(sidecar: Path) -> dict[str, Any]:
+    try:
+        with sidecar.open("rb") as file:
+            head = json.loads(file.readline())
+        version = head["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{sidecar} is no shard index; delete it") from error
+    if version != INDEX_VERSION:
+        raise ShardError(f"{sidecar} has version {version}, not {INDEX_VERSION}; delete it")
+    return head
+
+
+def write_index(sidecar: Path, head: dict[str, Any], columns: Columns) -> None:
+    """Write a sidecar atomically."""
+    sidecar.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(sidecar) as file:
         file.write(json.dumps(head, sort_keys=True).encode() + b"\n")
         file.write(zlib.compress(_pack(columns)))
 
 
-_LAYOUT = (("offset", "<i8"), ("size", "<i8"), ("label", "<i8"), ("extension", "u1"))
+_LAYOUT = (
+    ("offset", "<i8"),
+    ("size", "<i8"),
+    ("header", "<u4"),
+    ("label", "<i8"),
+    ("extension", "u1"),
+)
 # File names hold any byte but zero: newlines and what is no UTF-8 too.
 _ENCODING = ("utf-8", "surrogateescape")
 
 
 def _pack(columns: Columns) -> bytes:
     parts = [getattr(columns, name).astype(dtype).tobytes() for name, dtype in _LAYOUT]
-    return b"".join(parts) + "\0".join(columns.keys).encode(*_ENCODING)
+    return b"".join(parts) + columns.key_bytes
 
 
 def _unpack(data: bytes, samples: int) -> Columns:
@@ -244,10 +381,10 @@ def _unpack(data: bytes, samples: int) -> Columns:
     for _, dtype in _LAYOUT:
         arrays.append(np.frombuffer(data, dtype, samples, start))
         start += arrays[-1].nbytes
-    keys = tuple(data[start:].decode(*_ENCODING).split("\0")) if samples else ()
-    if len(keys) != samples:
-        raise ValueError(f"{len(keys)} keys for {samples} samples")
-    return Columns(*arrays, keys=keys)
+    keys = data[start:]
+    if samples and keys.count(b"\0") != samples - 1:
+        raise ValueError(f"it holds {keys.count(0) + 1} keys for {samples} samples")
+    return Columns(*arrays, key_bytes=keys)
 
 
 def scan(path: Path) -> tuple[dict[str, Any], Columns]:
@@ -256,41 +393,51 @@ def scan(path: Path) -> tuple[dict[str, Any], Columns]:
     The input of a sample is its first member with an image extension, in any case (`.JPEG`); an
     extension without dots goes before one with (`jpg` before `depth.png`). The label comes from
     `.cls` as text, else from `label` or `cls` in `.json`. Other members are passed over; further
-    images of a sample are counted, and so are samples without one.
+    images of a sample are counted.
+
+    What is wrong is listed in the head's `faults`, by kind, and the rest of the shard is used. A
+    tar that ends early loses the sample at its end, of which more may have followed.
 
     Raises:
-        ShardError: no tar, a tar that ends early, two members of one name, or a label that is no
-            integer >= 0.
+        ShardError: no tar at all.
     """
-    rows: list[tuple[int, int, int, int, str]] = []
-    without_input = further_inputs = 0
-    try:
-        with path.open("rb") as file:
-            for key, members in _samples(path, file):
+    rows: list[tuple[int, int, int, int, int]] = []
+    keys: list[str] = []
+    faults: dict[str, list[str]] = {}
+    further_inputs = 0
+    with path.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        try:
+            for key, members in _samples(file, faults) if end else ():
                 found = _inputs(members)
                 further_inputs += max(0, len(found) - 1)
                 if not found:
-                    without_input += 1
+                    faults.setdefault(MISSING_INPUT, []).append(key)
                     continue
-                member, label = members[found[0]], _label(path, members, file)
+                member = members[found[0]]
+                label, place = label_of(partial(_content, members, file)), member.offset_data
+                if label == WRONG_LABEL:
+                    faults.setdefault(WRONG_LABEL_FAULT, []).append(key)
+                header = zlib.crc32(os.pread(file.fileno(), TAR_HEADER, place - TAR_HEADER))
                 extension = INPUT_EXTENSIONS.index(_suffix(found[0]))
-                rows.append((member.offset_data, member.size, label, extension, key))
-    except tarfile.TarError as error:
-        raise ShardError(f"{path} is not a whole, uncompressed tar file: {error}") from error
+                rows.append((place, member.size, header, label, extension))
+                keys.append(key)
+        except tarfile.TarError as error:
+            if not rows and not faults:
+                raise ShardError(f"{path} is not a whole, uncompressed tar: {error}") from error
+            faults.setdefault(DAMAGED_SHARD, []).append(str(error))
+    if not rows:
+        faults.setdefault(EMPTY_SHARD, []).append("it holds no sample")
     head = {
         "version": INDEX_VERSION,
         "samples": len(rows),
-        "bytes": path.stat().st_size,
-        "without_input": without_input,
+        "bytes": end,
+        "faults": faults,
         "further_inputs": further_inputs,
     }
-    return head, _columns(rows)
-
-
-def _columns(rows: list[tuple[int, int, int, int, str]]) -> Columns:
-    numbers = np.array([row[:4] for row in rows], dtype="<i8").reshape(-1, 4)
-    offset, size, label, extension = numbers.T
-    return Columns(offset, size, label, extension.astype("u1"), tuple(row[4] for row in rows))
+    numbers = np.array(rows, dtype="<i8").reshape(-1, 5).T
+    columns = [column.astype(dtype) for column, (_, dtype) in zip(numbers, _LAYOUT, strict=True)]
+    return head, Columns(*columns, key_bytes="\0".join(keys).encode(*_ENCODING))
 
 
 def _suffix(extension: str) -> str:
@@ -303,7 +450,9 @@ def _inputs(members: dict[str, tarfile.TarInfo]) -> list[str]:
     return sorted(found, key=lambda extension: "." in extension)
 
 
-def _samples(path: Path, file: IO[bytes]) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+def _samples(
+    file: IO[bytes], faults: dict[str, list[str]]
+) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """(key, {lower-case extension: member}) for each run of members with one key."""
     key, members = "", {}
     for member in _members(file):
@@ -316,10 +465,9 @@ def _samples(path: Path, file: IO[bytes]) -> Iterator[tuple[str, dict[str, tarfi
                 yield key, members
             key, members = name, {}
         if extension in members:
-            raise ShardError(
-                f"{path}: {member.name} is a second .{extension} of one sample; rename or remove it"
-            )
-        members[extension] = member
+            faults.setdefault(SECOND_MEMBER, []).append(member.name)
+        else:
+            members[extension] = member
     if members:
         yield key, members
 
@@ -348,18 +496,26 @@ def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError(f"no member starts at byte {closes}, and more follows")
 
 
-def _label(path: Path, members: dict[str, tarfile.TarInfo], file: IO[bytes]) -> int:
+def _content(members: dict[str, tarfile.TarInfo], file: IO[bytes], extension: str) -> bytes | None:
+    member = members.get(extension)
+    if member is None or not member.isreg():
+        return None
+    return os.pread(file.fileno(), member.size, member.offset_data)
+
+
+def label_of(read: Callable[[str], bytes | None]) -> int:
+    """The label of a sample, from what `read` returns for "cls" or "json": -1 where there is none,
+    -2 where it is no integer >= 0."""
     for extension, parse in (("cls", int), ("json", _json_label)):
-        member = members.get(extension)
-        if member is None or not member.isreg():
+        text = read(extension)
+        if text is None:
             continue
-        text = os.pread(file.fileno(), member.size, member.offset_data)
         try:
             value = parse(text)
         except (ValueError, RecursionError):
-            value = text
+            return WRONG_LABEL
         if type(value) is not int or not NO_LABEL <= value < 1 << 63:
-            raise ShardError(f"{path}: label {value!r:.60} in {member.name} is not an integer >= 0")
+            return WRONG_LABEL
         if value != NO_LABEL:
             return value
     return NO_LABEL
@@ -377,10 +533,10 @@ def summary(shards: Iterable[Shard]) -> str:
     shards = list(shards)
     samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
     line = f"{samples:,} samples in {len(shards)} shards ({size / 1e6:,.1f} MB)"
-    skipped = sum(s.without_input for s in shards)
+    for kind in KINDS:
+        times = sum(len(shard.faults.get(kind, ())) for shard in shards)
+        line += f"; {times:,} x {kind}" if times else ""
     further = sum(s.further_inputs for s in shards)
-    if skipped:
-        line += f"; {skipped:,} samples without an image are passed over"
     if further:
         line += f"; {further:,} further images of a sample (KEY.a.png, KEY.b.png) are passed over"
     return line

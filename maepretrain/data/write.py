@@ -3,7 +3,7 @@
 The same source and settings give the same bytes: samples are ordered by a hash of (seed, key),
 member times are zero. Each shard is written under a temporary name, checked, and renamed; its index
 follows. So a stop leaves only whole shards, and the next call goes on where it stopped. Encoded
-images are copied byte for byte unless `short_side` asks for smaller ones.
+images are copied byte for byte unless `short_side` asks for smaller ones; `.npy` files always are.
 """
 
 import gzip
@@ -20,15 +20,17 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from rich.progress import track
 
+from maepretrain.data.arrays import MAGIC, read_array
 from maepretrain.data.faults import ShardError
 from maepretrain.data.shards import (
     Shard,
@@ -44,7 +46,7 @@ from maepretrain.files import replacing
 # What a file of an image folder must be called; what it holds is read from its bytes.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp"),
-    *(".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"),
+    *(".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".npy"),
 )
 # Formats that are copied, and the extension they get; PIL calls some cameras' JPEG "MPO". Others
 # are stored as PNG, without loss.
@@ -80,8 +82,9 @@ class Source(ABC):
 class ImageFolder(Source):
     """A folder of images at any depth; the class is the first sub-folder, -1 for images beside it.
 
-    Classes are numbered in sorted order, empty ones too: parts of a data set agree on the numbers.
-    Hidden files and folders are no images.
+    `.npy` arrays, be they images or signals, count as images here. Classes are numbered in sorted
+    order, empty ones too: parts of a data set agree on the numbers. Hidden files and folders are no
+    images.
     """
 
     root: Path
@@ -147,7 +150,10 @@ def _digest(path: str) -> str:
 
 
 def _stored(data: bytes) -> tuple[str, bytes]:
-    """(extension, bytes) to store: JPEG, PNG and WebP as they are, other formats as PNG."""
+    """(extension, bytes) to store: JPEG, PNG, WebP and .npy as they are, other formats as PNG."""
+    if data.startswith(MAGIC):
+        read_array(data)  # as load() below
+        return "npy", data
     with Image.open(io.BytesIO(data)) as image:
         image.load()  # raises on a damaged file, which must not travel into a shard unseen
         extension = COPIED.get(image.format or "")
@@ -365,6 +371,8 @@ def write_shards(
     if isinstance(source, ImageFolder) and dst.resolve().is_relative_to(source.root.resolve()):
         raise ShardError(f"{dst} lies inside the images' folder {source.root}; take another folder")
     entries = _ordered(source, seed)
+    if short_side is not None:
+        _check_all_images(entries)
     parts = [entries[i : i + samples_per_shard] for i in range(0, len(entries), samples_per_shard)]
     names = [f"{split}-{i:06d}.tar" for i in range(len(parts))]
     settings = {
@@ -408,6 +416,15 @@ def _check_settings(
         raise ShardError(f"short_side {short_side} must be at least 1")
     if not 1 <= quality <= 100:
         raise ShardError(f"quality {quality} must be 1 to 100")
+
+
+def _check_all_images(entries: list[Entry]) -> None:
+    arrays = [entry.place for entry in entries if str(entry.place).lower().endswith(".npy")]
+    if arrays:
+        raise ShardError(
+            f"short_side makes images smaller, not arrays, and {len(arrays)} files are .npy: "
+            f"{arrays[0]}, ...; leave out short_side"
+        )
 
 
 def _ordered(source: Source, seed: int) -> list[Entry]:
@@ -464,7 +481,7 @@ def _write_shard(job: _Job) -> None:
         with temporary.open("rb") as written:
             head["sha256"] = hashlib.file_digest(written, "sha256").hexdigest()
     # The index comes last: where it is, the shard is whole.
-    write_index(job.path, head | {"unreadable": unreadable}, columns)
+    write_index(index_path(job.path), head | {"unreadable": unreadable}, columns)
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -502,8 +519,17 @@ def _smaller(job: _Job, extension: str, data: bytes) -> tuple[str, bytes]:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         buffer = io.BytesIO()
         pixels = _gray_or_rgb(image).resize(size, Image.Resampling.BICUBIC)
-        pixels.save(buffer, "JPEG", quality=job.quality)
+        pixels.save(buffer, "JPEG", quality=job.quality, exif=_orientation(image))
     return "jpg", buffer.getvalue()
+
+
+def _orientation(image: Image.Image) -> bytes:
+    """EXIF of the orientation tag alone, for a reader that turns images; nothing where upright."""
+    tag, exif = ExifTags.Base.Orientation, Image.Exif()
+    with suppress(Exception):  # PIL's reader raises anything on a damaged tag
+        exif[tag] = image.getexif()[tag]
+        return exif.tobytes() if exif[tag] in range(2, 9) else b""
+    return b""
 
 
 def _gray_or_rgb(image: Image.Image) -> Image.Image:

@@ -1,6 +1,7 @@
 """Features of a data set: one pass of an encoder over images in order, shared out over
 processes."""
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -8,7 +9,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch import distributed as dist
 
-from maepretrain.data.module import Samples
+from maepretrain.data.faults import Fault
+from maepretrain.data.samples import Samples
 
 
 @torch.no_grad()
@@ -31,16 +33,28 @@ def embed(
     """
     n, rounds = len(samples), -(-len(samples) // (batch * world_size))
     features: list[Tensor] = []
+    labels: list[Tensor] = []
+    faults: list[Fault] = []
     for i in range(rounds):
         # Past the end a rank encodes the last sample again, and it is cut off below.
         begin = (i * world_size + rank) * batch
         numbers = [min(k, n - 1) for k in range(begin, begin + batch)]
         if world_size == 1:
             numbers = numbers[: n - begin]
-        encoded = encode(samples.__getitems__(numbers)["input"]).float()
+        read = samples.__getitems__(numbers)
+        faults += samples.faults(read)
+        encoded = encode(read["input"]).float()
+        label = read["label"].to(encoded.device)
         if world_size > 1:
-            gathered = [torch.empty_like(encoded) for _ in range(world_size)]
-            dist.all_gather(gathered, encoded.contiguous())
-            encoded = torch.cat(gathered)
+            encoded, label = _gather(encoded, world_size), _gather(label, world_size)
         features.append(encoded.cpu())
-    return torch.cat(features)[:n], samples.index.labels()
+        labels.append(label.cpu())
+    if faults:
+        print(f"{len(faults)} samples were replaced; the first is {faults[0]}", file=sys.stderr)
+    return torch.cat(features)[:n], torch.cat(labels)[:n]
+
+
+def _gather(x: Tensor, world_size: int) -> Tensor:
+    gathered = [torch.empty_like(x) for _ in range(world_size)]
+    dist.all_gather(gathered, x.contiguous())
+    return torch.cat(gathered)

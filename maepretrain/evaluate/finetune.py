@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from maepretrain.arguments import make_parser
 from maepretrain.callbacks import LastCheckpoint
-from maepretrain.data.module import Batch, ShardData, ShardIndex
+from maepretrain.data.module import ShardData
+from maepretrain.data.samples import Batch, ShardIndex
 from maepretrain.distributed import say
 from maepretrain.experiments import add_experiment, fresh_model, read_model, run_experiment
 from maepretrain.files import replacing
@@ -55,8 +56,7 @@ class Classifier(Scheduled):
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in inside)
         with torch.no_grad():
-            height, width = data.augment.height, data.augment.width
-            features = cast(Any, model).encode(torch.zeros(1, data.channels, height, width))
+            features = cast(Any, model).encode(torch.zeros(1, *data.shape))
         self.head = nn.Linear(features.shape[1], classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)  # the official code's
         nn.init.zeros_(self.head.bias)
@@ -101,7 +101,7 @@ def choose_fraction(labels: Int64[Tensor, "n"], fraction: float, seed: int) -> I
     if not 0 < fraction <= 1:
         raise ValueError(f"label_fraction {fraction} must be in (0, 1]")
     chosen = []
-    for label in labels.unique().tolist():
+    for label in labels[labels >= 0].unique().tolist():
         numbers = (labels == label).nonzero().flatten()
         order = permutation(seed, "labels", len(numbers), label)
         chosen.append(numbers[order[: max(1, round(fraction * len(numbers)))]])
@@ -109,10 +109,8 @@ def choose_fraction(labels: Int64[Tensor, "n"], fraction: float, seed: int) -> I
 
 
 def _count_classes(train: ShardIndex, held_out: ShardIndex | None) -> int:
-    labels = [index.labels() for index in (train, held_out) if index is not None]
-    if min(int(each.min()) for each in labels) < 0:
-        raise ValueError("fine-tuning needs a label for every sample; some shards have none")
-    return max(int(each.max()) for each in labels) + 1
+    indexes = [index for index in (train, held_out) if index is not None]
+    return max(int(index.require_labels("fine-tuning").max()) for index in indexes) + 1
 
 
 def finetune(
@@ -126,6 +124,7 @@ def finetune(
     label_smoothing: float = 0.0,
     seed: int = 0,
     resume: bool = False,
+    allow_reorder: bool = False,
     overwrite: bool = False,
     checkpoint_every_steps: int = 1000,
     threads: int | None = None,
@@ -146,6 +145,7 @@ def finetune(
         label_smoothing: share of the target spread over all classes.
         seed: seed of initial values and of the chosen labels.
         resume: go on from the run folder's last checkpoint.
+        allow_reorder: resume although other settings change the order of samples.
         overwrite: delete the run that the folder holds.
         checkpoint_every_steps: optimizer steps between two saves of last.ckpt.
         threads: compute threads of each process on the CPU. Default torch's choice.
@@ -159,6 +159,7 @@ def finetune(
     """
     set_threads(threads)
     classes = _count_classes(data.index, data.val_index)
+    data.labelled, data.allow_reorder = True, allow_reorder
     if label_fraction != 1:
         data.choose(choose_fraction(data.index.labels(), label_fraction, seed))
     arguments = in_steps(trainer, data.order.steps_per_epoch)

@@ -13,7 +13,8 @@ from rich.table import Table
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from maepretrain.data.module import Samples, ShardData, ShardIndex
+from maepretrain.data.module import ShardData
+from maepretrain.data.samples import ShardIndex
 from maepretrain.evaluate.features import embed
 from maepretrain.evaluate.finetune import choose_fraction
 from maepretrain.evaluate.knn import knn_accuracy
@@ -55,9 +56,8 @@ def probe(
     if data.val_index is None:
         raise ValueError("there are no held-out shards to test on: give --test")
     bank_index = data.index
-    labels = bank_index.labels()
-    if min(int(labels.min()), int(data.val_index.labels().min())) < 0:
-        raise ValueError("a probe needs a label for every sample; some shards have none")
+    labels = bank_index.require_labels("a probe")
+    data.val_index.require_labels("a probe")
     if label_fraction != 1:
         bank_index = bank_index.choose(choose_fraction(labels, label_fraction, seed))
     results = {}
@@ -105,8 +105,7 @@ def pixels(images: Tensor) -> Float[Tensor, "b d"]:
 
 
 def _features(encode: Encode, data: ShardData, index: ShardIndex) -> tuple[Tensor, Tensor]:
-    samples: Samples = data.evaluation(index)
-    return embed(encode, samples)
+    return embed(encode, data.evaluation(index, labelled=True))
 
 
 def print_table(results: dict[str, dict[str, float]], k: int, train: int, test: int) -> None:

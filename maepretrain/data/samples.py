@@ -1,0 +1,314 @@
+"""From a position to a sample: where it lies, its bytes, its pixels."""
+
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from maepretrain.data.faults import (
+    CORRUPT_INPUT,
+    KINDS,
+    WRONG_LABEL_FAULT,
+    Fault,
+    ShardError,
+    Unreadable,
+)
+from maepretrain.data.images import (
+    UNIFORMS,
+    Augment,
+    CentreCrop,
+    SignalCrop,
+    as_image,
+    as_signal,
+    decode,
+    decode_array,
+)
+from maepretrain.data.order import Order
+from maepretrain.data.shards import INPUT_EXTENSIONS, NO_LABEL, WRONG_LABEL, Columns, Shard
+from maepretrain.data.store import Store
+from maepretrain.randomness import uniform
+
+Batch = dict[str, Tensor]
+
+# Of so many shards a reader keeps the columns: more than the lanes of a batch touch at a time.
+REMEMBERED_SHARDS = 256
+ARRAY = INPUT_EXTENSIONS.index("npy")
+
+
+class ShardIndex:
+    """All samples of the shards, addressed by (shard, member) or by one number.
+
+    Numbers go through the shards in their order. Columns are read when first needed.
+
+    Args:
+        shards: the shards in the order of their patterns.
+        chosen: int64 numbers of the samples to keep (a labelled fraction, say); None keeps all.
+            Kept samples are numbered anew: by shard, then in the order given.
+
+    Raises:
+        ValueError: a chosen number that no sample has.
+    """
+
+    def __init__(self, shards: list[Shard], chosen: Int64[Tensor, "n"] | None = None) -> None:
+        self.shards = shards
+        self._columns: dict[int, Columns] = {}
+        counts = torch.tensor([shard.samples for shard in shards], dtype=torch.int64)
+        self._first_of_all = counts.cumsum(0) - counts
+        self._chosen: Tensor | None = None
+        if chosen is not None:
+            _check_range(chosen, int(counts.sum()))
+            shard = torch.searchsorted(counts.cumsum(0), chosen, right=True)
+            self._chosen = chosen[shard.argsort(stable=True)]
+            counts = torch.bincount(shard, minlength=len(shards))
+        self.counts = counts
+        self._ends = counts.cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def choose(self, numbers: Int64[Tensor, "n"]) -> "ShardIndex":
+        """An index of some of these samples only."""
+        if self._chosen is not None:
+            _check_range(numbers, len(self))
+            numbers = self._chosen[numbers]
+        return ShardIndex(self.shards, numbers)
+
+    def columns(self, shard: int) -> Columns:
+        """The columns of a shard; the last ones are remembered."""
+        if shard not in self._columns:
+            if len(self._columns) >= REMEMBERED_SHARDS:
+                del self._columns[next(iter(self._columns))]
+            self._columns[shard] = self.shards[shard].columns()
+        return self._columns[shard]
+
+    def rows(self, shard: Int64[Tensor, "n"], member: Int64[Tensor, "n"]) -> Int64[Tensor, "n"]:
+        """The row of each member in the columns of its shard."""
+        if self._chosen is None:
+            return member
+        return self._chosen[(self._ends - self.counts)[shard] + member] - self._first_of_all[shard]
+
+    def row(self, shard: int, member: int) -> int:
+        """The row of one member in the columns of its shard."""
+        if self._chosen is None:
+            return member
+        return int(self.rows(torch.tensor([shard]), torch.tensor([member])))
+
+    def place(self, number: Int64[Tensor, "n"]) -> tuple[Tensor, Tensor]:
+        """(shard, member) of samples numbered through all shards.
+
+        Raises:
+            IndexError: a number that no sample has.
+        """
+        if len(number) and not 0 <= int(number.min()) <= int(number.max()) < len(self):
+            raise IndexError(f"sample {int(number.max())} is not one of {len(self)}")
+        shard = torch.searchsorted(self._ends, number, right=True)
+        return shard, number - (self._ends - self.counts)[shard]
+
+    def labels(self) -> Int64[Tensor, "n"]:
+        """The label of every sample in order, -1 where there is none, -2 where it is wrong."""
+        labels = [torch.empty(0, dtype=torch.int64)]
+        for s, count in enumerate(self.counts.tolist()):
+            if count:
+                column = torch.from_numpy(self.columns(s).label.astype("int64"))
+                labels.append(column[self.rows(torch.full((count,), s), torch.arange(count))])
+        return torch.cat(labels)
+
+    def require_labels(self, purpose: str) -> Int64[Tensor, "n"]:
+        """The labels, -2 where one is wrong: such a sample will be replaced.
+
+        Raises:
+            ValueError: a sample has none.
+        """
+        labels = self.labels()
+        if not len(labels):
+            raise ValueError(f"{purpose} needs samples with an index (not exact: false)")
+        if (labels == NO_LABEL).any():
+            raise ValueError(f"{purpose} needs a label for every sample; some have none")
+        return labels
+
+
+def _check_range(numbers: Int64[Tensor, "n"], samples: int) -> None:
+    if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < samples:
+        raise ValueError(
+            f"chosen samples {int(numbers.min())}..{int(numbers.max())} must be in 0..{samples - 1}"
+        )
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """From the bytes of an input to what the model is given.
+
+    Args:
+        channels: of the images or signals.
+        augment: what is cut out of an image or a signal.
+        exif: turn images as their orientation tag says.
+        seed: of the crops.
+        centred: signals are cut out at the centre.
+    """
+
+    channels: int
+    augment: Augment | CentreCrop | SignalCrop
+    exif: bool = False
+    seed: int = 0
+    centred: bool = False
+
+    def numbers(self, position: Int64[Tensor, "b"]) -> tuple[Tensor, ...]:
+        """The uniform numbers that decide about the crop at each position."""
+        return uniform(self.seed, "crop", position, UNIFORMS).unbind()
+
+    def decode(self, data: bytes, is_array: bool) -> Tensor:
+        """Image (c, h, w) or signal (c, t).
+
+        Raises:
+            Unreadable: bytes that are none, or of another shape than asked for.
+        """
+        try:
+            if not isinstance(self.augment, SignalCrop):
+                if is_array:
+                    return as_image(decode_array(data), self.channels)
+                return decode(data, self.channels, self.exif)
+            if not is_array:
+                raise ValueError("it is an image; 1-D signals are .npy arrays")
+            signal = as_signal(decode_array(data), self.channels)
+            if signal.shape[1] < self.augment.length:
+                raise ValueError(f"its length {signal.shape[1]} is below {self.augment.length}")
+            return signal
+        except ValueError as error:
+            raise Unreadable(CORRUPT_INPUT, str(error)) from error
+
+    def cut_out(self, decoded: Tensor, u: Tensor) -> Tensor:
+        """The crop that the numbers of a position choose."""
+        if isinstance(self.augment, CentreCrop):
+            return self.augment(decoded)
+        if isinstance(self.augment, SignalCrop):
+            return self.augment(decoded, None if self.centred else u)
+        return self.augment(decoded, u)
+
+
+class Samples(Dataset[Batch]):
+    """Position -> sample.
+
+    With an order, positions of the run and random crops; without, plain numbers and centre crops.
+    A sample that cannot be read is replaced by the next readable one of its shard, and no other
+    sample moves.
+
+    Args:
+        index: where the samples lie.
+        channels: of the images or signals.
+        augment: what is cut out of an image or a signal.
+        order: maps positions to samples; None reads the samples in the order of the index.
+        seed: of the crops.
+        crops: positions that show the same image, one after the other, each with its own crop.
+        exif: turn JPEG images as their orientation tag says.
+        labelled: a sample with a wrong label counts as unreadable.
+        store: reads the bytes.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        channels: int,
+        augment: Augment | CentreCrop | SignalCrop,
+        order: Order | None = None,
+        seed: int = 0,
+        crops: int = 1,
+        exif: bool = False,
+        labelled: bool = False,
+        store: Store | None = None,
+    ) -> None:
+        self.index, self.order, self.crops, self.labelled = index, order, crops, labelled
+        self.pixels = Pixels(channels, augment, exif, seed, centred=order is None)
+        self.store = store or Store()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, position: int) -> Batch:
+        return {name: value[0] for name, value in self.__getitems__([position]).items()}
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        """A whole batch.
+
+        `input` uint8 (b, c, h, w) or as the arrays are, `position` int64 (b,), `label` int64 (b,),
+        -1 without one, `fault` int64 (b, 2): the kind (0: none) and the row in its shard of the
+        sample that was read instead.
+
+        Raises:
+            ShardError: a shard that holds no readable sample, or was changed since it was indexed.
+        """
+        position = torch.tensor(positions, dtype=torch.int64)
+        inputs, labels, faults = [], [], []
+        crops = zip(self._locate(position), self.pixels.numbers(position), strict=True)
+        for place, crops_of_image in groupby(crops, itemgetter(0)):
+            decoded, label, fault = self._read(*place)
+            for _, u in crops_of_image:
+                inputs.append(self.pixels.cut_out(decoded, u))
+                labels.append(label)
+                faults.append(fault)
+        return {
+            "input": torch.stack(inputs),
+            "position": position,
+            "label": torch.tensor(labels),
+            "fault": torch.tensor(faults),
+        }
+
+    def _read(self, s: int, member: int) -> tuple[Tensor, int, tuple[int, int]]:
+        """Pixels, label and fault of a member, or of the next one that can be read."""
+        kind, reason, count = "", "", int(self.index.counts[s])
+        columns = self.index.columns(s)
+        for ahead in range(count):
+            row = self.index.row(s, (member + ahead) % count)
+            try:
+                decoded = self._decode(self.index.shards[s], columns, row)
+            except Unreadable as error:
+                kind, reason = kind or error.kind, reason or str(error)
+                continue
+            return decoded, max(NO_LABEL, int(columns.label[row])), (KINDS.index(kind), row)
+        shard = self.index.shards[s]
+        raise ShardError(f"{shard.url}: none of its {count} samples can be read: {kind}, {reason}")
+
+    def _decode(self, shard: Shard, columns: Columns, row: int) -> Tensor:
+        if self.labelled and columns.label[row] == WRONG_LABEL:
+            raise Unreadable(WRONG_LABEL_FAULT, "its label is no integer >= 0")
+        data = self.store.read(shard, columns, row)
+        return self.pixels.decode(data, bool(columns.extension[row] == ARRAY))
+
+    def faults(self, batch: Batch) -> list[Fault]:
+        """The faults of a batch, with names; takes them out of it."""
+        fault = batch.pop("fault")
+        found = fault[:, 0].nonzero().flatten()
+        if not len(found):
+            return []
+        position, fault = batch["position"].cpu()[found], fault.cpu()[found]
+        faults = []
+        for place, p, (kind, row) in zip(
+            self._locate(position), position.tolist(), fault.tolist(), strict=True
+        ):
+            s, member = place
+            keys, shard = self.index.columns(s).keys, self.index.shards[s]
+            faults.append(
+                Fault(KINDS[kind], shard.url, keys[self.index.row(s, member)], p, keys[row])
+            )
+        return faults
+
+    def names(self, positions: list[int]) -> list[tuple[str, str]]:
+        """(shard, sample key) at these positions."""
+        places = self._locate(torch.tensor(positions, dtype=torch.int64))
+        return [
+            (self.index.shards[s].url, self.index.columns(s).keys[self.index.row(s, member)])
+            for s, member in places
+        ]
+
+    def shards(self, positions: Int64[Tensor, "n"]) -> list[Shard]:
+        """The shards in which these positions lie, each once, as they come."""
+        return [self.index.shards[s] for s in dict.fromkeys(s for s, _ in self._locate(positions))]
+
+    def _locate(self, position: Int64[Tensor, "n"]) -> list[tuple[int, int]]:
+        """(shard, member) of each position."""
+        locate = self.index.place if self.order is None else self.order.locate
+        shard, member = locate(position // self.crops)
+        return list(zip(shard.tolist(), member.tolist(), strict=True))

@@ -18,10 +18,9 @@ from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from maepretrain.randomness import uniform
@@ -250,9 +249,11 @@ def _run_rank(words: list[str], environment: dict[str, str], rank: int) -> None:
 
     from maepretrain.cli import main
 
+    # Loader workers start as they do in an interpreter of their own, not by this parent's server.
+    multiprocessing.set_start_method("fork", force=True)
     # What torchrun sets, and Lightning looks at when it is imported.
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    rank_zero_only.rank = rank
+    cast(Any, rank_zero_only).rank = rank
     output = os.open(Path(environment[RECORDS]) / f"{rank}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())
@@ -266,7 +267,7 @@ def _note_reads() -> None:
     pread, path = os.pread, Path(os.environ[READS])
 
     def noted(file: int, size: int, offset: int) -> bytes:
-        append(path, f"{os.readlink(f'/proc/self/fd/{file}')} {offset} {size}\n")
+        append(path, f"{Path(f'/proc/self/fd/{file}').readlink()} {offset} {size}\n")
         return pread(file, size, offset)
 
     os.pread = noted

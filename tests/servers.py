@@ -39,12 +39,13 @@ class FaultServer:
     chunked, chunked_cut: no Content-Length, chunks, the last one missing when cut;
     no_ranges: the whole body whatever range was asked for;
     no_ranges_cut: half of it, without its length, whatever range was asked for;
-    wrong_range: status 206 with the first bytes whatever range was asked for;
-    lying_range: the same, and its headers claim the right range;
+    wrong_range: status 206 with as many bytes as were asked for, from the start of the file;
+    lying_range: status 206 with the whole body, and its headers claim the range asked for;
     gzip: Content-Encoding gzip;
     hold: half of the body, the rest when `release` is set;
     stall: half of the body, then nothing until the server ends;
     silent: not even a status until the server ends;
+    redirect: to itself, with a query;
     a number as text (503, 404, 403): that status.
     """
 
@@ -114,20 +115,24 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             body = server.files.get(self.path)
             if fault == "silent":
                 server.wait_for_end()
+            elif fault == "redirect":
+                self._head(302, {"Location": f"{self.path}?token=hidden", "Content-Length": "0"})
             elif fault.isdigit() or body is None:
                 self._head(int(fault) if fault.isdigit() else 404, {"Content-Length": "0"})
             else:
                 self._body(fault, body)
 
         def _body(self, fault: str, body: bytes) -> None:
-            start, whole = 0, len(body)
+            start, whole, etag = 0, len(body), f'"{hash(body)}"'
             asked = self.headers.get("Range", "")
             if asked and fault not in NO_RANGES:
                 start = int(asked.removeprefix("bytes=").partition("-")[0])
             if start >= whole and asked:
                 self._head(416, {"Content-Range": f"bytes */{whole}", "Content-Length": "0"})
                 return
-            headers = {"Content-Length": str(whole - start)}
+            if asked and fault == "wrong_range":
+                body = body[: whole - int(asked[6:-1])]
+            headers = {"Content-Length": str(len(body) - start)}
             if fault in {"cut_without_length", "no_length", "no_ranges_cut"}:
                 headers = {"Connection": "close"}
             if fault.startswith("chunked"):
@@ -137,9 +142,9 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             partial = bool(asked) and not fault.startswith("no_ranges")
             if partial:
                 claimed = asked[6:-1] if fault == "lying_range" else start
-                headers["Content-Range"] = f"bytes {claimed}-{whole - 1}/{whole}"
+                headers["Content-Range"] = f"bytes {claimed}-{len(body) - 1}/{whole}"
             if server.etag:
-                headers["ETag"] = f'"{hash(body)}"'
+                headers["ETag"] = etag
             self._head(206 if partial else 200, headers)
             self._send(fault, body[start:], start)
 

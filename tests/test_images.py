@@ -356,20 +356,19 @@ def test_what_is_no_image_is_a_value_error(data: bytes):
                 decode(data, channels, exif)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP"])
-def test_a_cut_image_is_no_image_with_exif_either(form: str):
-    """After PIL raised once, a second try may give what there is."""
-    whole = encoded(gradients("RGB"), form)
-    for size in range(0, len(whole) - 30, 20):
-        for exif in (False, True):
-            with pytest.raises(ValueError, match="cannot decode the image"):
-                decode(whole[:size], 4, exif)
-
-
 @pytest.mark.parametrize("channels", [-1, 0, 5])
 def test_other_channels_are_refused(channels: int):
     with pytest.raises(ValueError, match=f"1, 2, 3 or 4 channels, not {channels}"):
         decode(encoded(gradients("RGB"), "PNG"), channels)
+
+
+def is_image(data: bytes, channels: int, exif: bool) -> bool:
+    try:
+        assert decode(data, channels, exif).shape[0] == channels
+    except ValueError as error:
+        assert str(error).startswith("cannot decode the image")
+        return False
+    return True
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # PIL says so
@@ -381,10 +380,9 @@ def test_flipped_bytes_give_an_image_or_a_value_error(form: str):
         data = bytearray(whole)
         for place in random.integers(0, len(data), 3):
             data[place] = random.integers(256)
-        try:
-            assert decode(bytes(data), 3, exif=True).shape[0] == 3
-        except ValueError as error:
-            assert str(error).startswith("cannot decode the image")
+        is_image(bytes(data), 3, exif=True)
+        # PIL gives what there is when it is asked again after an error, which must not pass.
+        assert is_image(bytes(data), 4, exif=True) == is_image(bytes(data), 4, exif=False)
 
 
 def resized_crop(image: Image.Image, box: Any, size: tuple[int, int]) -> Any:

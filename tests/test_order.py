@@ -2,6 +2,8 @@
 
 import pickle
 from collections import Counter
+from itertools import count
+from math import gcd
 from typing import Any
 
 import pytest
@@ -10,10 +12,12 @@ from torch import is_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from maepretrain.data.order import EpochOrder
-from maepretrain.randomness import permutation
+from maepretrain.data.order import EpochOrder, Mixture, Order
+from maepretrain.data.stream import Stream
+from maepretrain.randomness import key, permutation
 
 UNEVEN = [7, 0, 1, 30, 12, 0, 0, 25, 3, 19]
+UNEVEN_SAMPLES = [(s, m) for s, count in enumerate(UNEVEN) for m in range(count)]
 
 
 def epoch_by_definition(
@@ -33,13 +37,13 @@ def epoch_by_definition(
         steps += 1
     while len(sequence) < steps * global_batch:
         sequence += sequence
-    length = steps * global_batch // lanes
+    length = len(sequence) if tail == "carry" else steps * global_batch
     shuffled = []
     for lane in range(lanes):
-        ids = sequence[lane * length : (lane + 1) * length]
+        ids = sequence[lane * length // lanes : (lane + 1) * length // lanes]
         # The first block of a lane is shorter by the lane's share of a block.
         first = block - lane * block // lanes
-        blocks = [ids[:first], *(ids[i : i + block] for i in range(first, length, block))]
+        blocks = [ids[:first], *(ids[i : i + block] for i in range(first, len(ids), block))]
         shuffled.append(
             [
                 ids_of_block[k]
@@ -48,13 +52,16 @@ def epoch_by_definition(
             ]
         )
     share = global_batch // lanes
-    return [
+    batches = [
         [place for lane in shuffled for place in lane[step * share : (step + 1) * share]]
         for step in range(steps)
     ]
+    if tail == "carry":
+        batches.append([place for lane in shuffled for place in lane[steps * share :]])
+    return batches
 
 
-def located(order: EpochOrder, positions: range) -> list[tuple[int, int]]:
+def located(order: Order, positions: range) -> list[tuple[int, int]]:
     shard, member = order.locate(torch.arange(positions.start, positions.stop))
     return list(zip(shard.tolist(), member.tolist(), strict=True))
 
@@ -74,6 +81,11 @@ CASES: dict[str, dict[str, Any]] = {
     "prime batch": {"global_batch": 13, "block": 4},
     "batch of one": {"global_batch": 1, "block": 10},
     "another seed": {"global_batch": 8, "seed": 12345},
+    "carried": {"global_batch": 12, "lanes": 4, "block": 5, "tail": "carry"},
+    "carried, prime": {"global_batch": 13, "block": 4, "tail": "carry"},
+    "carried, nothing left": {"global_batch": 97, "tail": "carry"},
+    "carried, batch larger than the set": {"global_batch": 256, "lanes": 128, "tail": "carry"},
+    "carried, one left for each lane but one": {"global_batch": 14, "lanes": 14, "tail": "carry"},
 }
 
 
@@ -83,10 +95,13 @@ def test_order_follows_its_definition(case: dict[str, Any]):
     settings = {"seed": 0, "block": 8192, "tail": "drop", "lanes": order.lanes} | case
     for epoch in range(3):
         truth = epoch_by_definition(UNEVEN, epoch=epoch, **settings)
-        assert order.steps_per_epoch == len(truth)
-        length = len(truth) * order.global_batch
+        carried = settings["tail"] == "carry"
+        assert order.steps_per_epoch == len(truth) - carried
+        length = len(UNEVEN_SAMPLES) if carried else len(truth) * order.global_batch
         ours = located(order, range(epoch * length, (epoch + 1) * length))
         assert ours == [place for step in truth for place in step]
+        if carried:
+            assert sorted(ours) == UNEVEN_SAMPLES
 
 
 @pytest.mark.parametrize(("batch", "lanes"), [(1, 1), (6, 2), (96, 16), (100, 4), (256, 16)])
@@ -142,6 +157,51 @@ def test_a_block_keeps_to_few_shards():
         assert len({s for s, _ in located(order, range(first, first + 100))}) <= 3
 
 
+def new_shards(order: EpochOrder, steps: int) -> list[int]:
+    """How many shards each step wants that the step before it did not."""
+    wanted, before = [], set[int]()
+    for step in range(steps):
+        first = step * order.global_batch
+        now = {s for s, _ in located(order, range(first, first + order.global_batch))}
+        wanted.append(len(now - before))
+        before = now
+    return wanted
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_lanes_begin_their_blocks_one_after_the_other(lanes: int):
+    """Else all of them would want new shards in one step, and every rank would wait for them.
+
+    Shards of a block's size: at most the blocks that begin within a step want new ones, while
+    lanes in step with each other (the definition with one block more or less at the start) want
+    two shards for every lane at once.
+    """
+    batch, block, steps = 16 * 4, 256, 64
+    order = EpochOrder(torch.full((256,), block), batch, lanes=lanes, block=block)
+    per_lane = batch // lanes
+    wanted = new_shards(order, steps)[1:]
+    # A block's samples come shuffled, so those of both shards that it touches come within steps.
+    assert max(wanted) <= lanes // 2 + 1
+    begins = Counter(
+        (b * block - lane * block // lanes) // per_lane
+        for lane in range(lanes)
+        for b in range(1, steps * per_lane // block + 1)
+    )
+    assert max(begins.values()) <= max(1, -(-per_lane * lanes // block))
+    for lane in range(lanes):
+        for b in range(3):
+            begin = order._first_of_block(lane, b)
+            assert begin == max(0, b * block - lane * block // lanes)
+
+
+def test_describes_what_an_epoch_leaves_out_or_repeats():
+    drop, pad = (EpochOrder(torch.tensor(UNEVEN), 20, tail=tail) for tail in ("drop", "pad"))
+    assert drop.describe() == "17 left out of each epoch (no whole batch)"
+    assert pad.describe() == "3 repeated in each epoch to fill the last batch"
+    for whole in (EpochOrder(torch.tensor(UNEVEN), 97), EpochOrder(torch.tensor([40]), 20)):
+        assert whole.describe() == "" and whole.left_over == 0
+
+
 def test_pickles_without_what_it_remembers():
     order = EpochOrder(torch.tensor(UNEVEN), 8, seed=4, block=5)
     before = located(order, range(300))
@@ -186,3 +246,129 @@ def test_huge_data_sets_are_located_lazily():
 def test_refuses(counts: list[int], settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         EpochOrder(torch.tensor(counts, dtype=torch.int64), **settings)
+
+
+# Mixtures.
+
+
+def source_order(counts: list[int], draws: int, seed: int, lanes: int, block: int, n: int):
+    """The first n draws of a source, epoch after epoch, each cut where it ends."""
+    many = gcd(draws, lanes)
+    batch, many = (draws, many) if 2 * many >= lanes else (lanes, lanes)
+    drawn: list[tuple[int, int]] = []
+    for epoch in count():
+        if len(drawn) >= n:
+            return drawn[:n]
+        steps = epoch_by_definition(counts, batch, epoch, seed, many, block, "carry")
+        drawn += [place for step in steps for place in step]
+    raise AssertionError
+
+
+SOURCES = {
+    "two": ([UNEVEN, [40, 3, 17]], [0.7, 0.3], [45, 19]),
+    "equal": ([UNEVEN, [500], [64]], [1.0, 1.0, 2.0], [16, 16, 32]),
+    "tiny": ([[11], [1000, 200]], [9.0, 7.0], [36, 28]),
+    "one": ([UNEVEN], [5.0], [64]),
+    "primes": ([[97], [101, 103], [13]], [31.0, 29.0, 4.0], [31, 29, 4]),
+    "remainders": ([[50], [50], [50]], [1.0, 1.0, 1.0], [22, 21, 21]),
+}
+Sources = tuple[list[list[int]], list[float], list[int]]
+
+
+def mixture(case: Sources, **more: Any) -> Mixture:
+    return Mixture([torch.tensor(counts) for counts in case[0]], case[1], 64, **more)
+
+
+@pytest.mark.parametrize("case", SOURCES.values(), ids=SOURCES.keys())
+@pytest.mark.parametrize("more", [{}, {"seed": 5, "lanes": 4, "block": 7}], ids=["", "settings"])
+def test_a_mixture_follows_its_definition(case: Sources, more: dict[str, Any]):
+    """Every batch holds as many of each source as its weight says, spread over the batch, and the
+    draws of a source walk its own epochs: each sample once in each."""
+    sources, _, draws = case
+    order, steps = mixture(case, **more), 20
+    assert order.draws == draws
+    seed, lanes, block = more.get("seed", 0), more.get("lanes", 16), more.get("block", 8192)
+    first = [sum(len(counts) for counts in sources[:s]) for s in range(len(sources))]
+    expected = [
+        source_order(counts, draws[s], key(seed, "source", s), lanes, block, steps * draws[s])
+        for s, counts in enumerate(sources)
+    ]
+    in_batch = sorted(((n + 0.5) / d, s, n) for s, d in enumerate(draws) for n in range(d))
+    truth = [
+        (first[s] + expected[s][step * draws[s] + n][0], expected[s][step * draws[s] + n][1])
+        for step in range(steps)
+        for _, s, n in in_batch
+    ]
+    assert located(order, range(64 * steps)) == truth
+    of_source = [s for s, counts in enumerate(sources) for _ in counts]
+    for step in range(steps):
+        times = Counter(of_source[shard] for shard, _ in truth[step * 64 : step * 64 + 64])
+        assert times == dict(enumerate(draws))
+        half = Counter(of_source[shard] for shard, _ in truth[step * 64 : step * 64 + 32])
+        assert all(abs(half[s] - draws[s] / 2) <= 1 for s in range(len(sources)))
+    for s, counts in enumerate(sources):
+        samples = {(first[s] + k, m) for k, c in enumerate(counts) for m in range(c)}
+        drawn = [place for place in truth if of_source[place[0]] == s]
+        for begin in range(0, len(drawn) - len(samples) + 1, len(samples)):
+            assert set(drawn[begin : begin + len(samples)]) == samples
+
+
+def test_an_epoch_of_a_mixture_is_a_number_of_draws():
+    case = SOURCES["two"]
+    assert mixture(case).steps_per_epoch == (97 + 60) // 64
+    assert mixture(case, samples_per_epoch=64 * 9 + 63).steps_per_epoch == 9
+    said = mixture(case, samples_per_epoch=1000).describe()
+    assert said == "a batch is 45 + 19 of the sources, an epoch 960 draws"
+
+
+def test_mixtures_are_read_alike_by_every_number_of_processes():
+    order = mixture(SOURCES["two"])
+    whole = located(order, range(64 * 20))
+    for world_size in (1, 2, 8):
+        read = []
+        streams = [iter(Stream(64, 20, world_size, rank, 1)) for rank in range(world_size)]
+        for parts in zip(*streams, strict=True):
+            read += [place for p in parts for place in located(order, range(p[0], p[-1] + 1))]
+        assert read == whole
+
+
+def test_mixtures_pickle_and_answer_in_any_order():
+    order = mixture(SOURCES["primes"], block=6)
+    whole = located(order, range(64 * 20))
+    again = pickle.loads(pickle.dumps(order))
+    positions = torch.randperm(64 * 20, generator=torch.Generator().manual_seed(0))
+    for part in positions.split(101):
+        shard, member = again.locate(part)
+        truth = [whole[p] for p in part.tolist()]
+        assert list(zip(shard.tolist(), member.tolist(), strict=True)) == truth
+
+
+def test_sources_and_seeds_have_their_own_order():
+    case: Sources = ([[64], [64]], [1.0, 1.0], [32, 32])
+    one, other = (mixture(case, seed=seed) for seed in (0, 1))
+    assert located(one, range(128)) != located(other, range(128))
+    members = [[m for s, m in located(one, range(128)) if s == source] for source in (0, 1)]
+    assert sorted(members[0]) == sorted(members[1]) and members[0] != members[1]
+
+
+@pytest.mark.parametrize(
+    ("sources", "weights", "settings", "message"),
+    [
+        ([[10], [10]], [1.0, 0.0], {}, r"weights \[1.0, 0.0\] .* must be positive"),
+        ([[10], [10]], [1.0, -1.0], {}, "must be positive"),
+        ([[10], [10]], [1.0, float("inf")], {}, "must be positive"),
+        ([[10], [10]], [1.0, float("nan")], {}, "must be positive"),
+        ([[100], [10]], [1.0, 0.001], {}, r"weight 0.001 of .* gives no sample in a batch of 64"),
+        ([[100], [10]], [1.0], {}, "2 sources need as many weights"),
+        ([[100], [0]], [1.0, 1.0], {}, "hold no samples"),
+        ([[100], [10]], [1.0, 1.0], {"samples_per_epoch": 63}, "of 63 draws holds no batch of 64"),
+        ([[100], [10]], [1.0, 1.0], {"samples_per_epoch": 0}, "of 0 draws holds no batch"),
+        ([[100], [10]], [1.0, 1.0], {"lanes": 0}, "lanes 0 must be at least 1"),
+        ([[100], [10]], [1.0, 1.0], {"block": 0}, "block 0 must be at least 1"),
+    ],
+)
+def test_mixtures_refused(
+    sources: list[list[int]], weights: list[float], settings: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        Mixture([torch.tensor(counts) for counts in sources], weights, 64, **settings)

@@ -194,8 +194,15 @@ class ShardCache:
         os.close(self.open(url, size, sha256))
         return self.path(url, size, sha256)
 
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a finished shard that is held open another name, as `path` makes it."""
+        with _alone(self.folder / "cache.lock"):  # who adds up the folder sees it once
+            old.replace(new)
+
     def small(self, url: str) -> bytes | None:
         """A small remote file, such as a shard's index, never cached; None where there is none.
+
+        Forbidden counts as none: S3 says that of a missing file to whoever may not list a bucket.
 
         Raises:
             ShardError: any other failure, after `attempts` tries.
@@ -253,8 +260,7 @@ class ShardCache:
             os.fsync(part)
             file = os.open(path, os.O_RDONLY)
             flock(file, LOCK_SH)  # before others see it: it cannot be evicted first
-            with _alone(self.folder / "cache.lock"):  # who adds up the folder sees it once
-                path.rename(wanted.path)
+            self.rename(path, wanted.path)
             return file
         finally:
             if not os.fstat(part).st_size:
@@ -391,7 +397,9 @@ class ShardCache:
             extra = _EXTRAS.get(url.partition("://")[0])
             hint = f"pip install 'maepretrain[{extra}]'" if extra else str(error)
             raise ShardError(f"cannot fetch {_without_secrets(url)}: {hint}") from None
-        except (PermissionError, ValueError, TypeError, NotImplementedError) as error:
+        except PermissionError as error:
+            raise _Missing(f"cannot fetch {_without_secrets(url)}: {_reason(error)}") from None
+        except (ValueError, TypeError, NotImplementedError) as error:
             raise ShardError(f"cannot fetch {_without_secrets(url)}: {_reason(error)}") from None
         except TimeoutError:
             raise _Retry(f"nothing came for {self.timeout:g} seconds") from None
@@ -502,7 +510,7 @@ def _judge(response: Any, url: str, start: int) -> tuple[int, int | None]:
         raise _StartOver if start else _Retry(said)
     elif status in _PASSING or status >= 500:
         raise _Retry(said)
-    kind = _Missing if status in (404, 410) else ShardError
+    kind = _Missing if status in (403, 404, 410) else ShardError
     raise kind(f"cannot fetch {_without_secrets(url)}: {said}")
 
 

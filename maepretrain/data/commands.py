@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Literal
 
 from maepretrain.data.cache import is_remote
-from maepretrain.data.faults import ShardError
-from maepretrain.data.shards import expand, make_indexes, open_shards, summary
+from maepretrain.data.check import Asked, check_shards, show
+from maepretrain.data.faults import Fault, ShardError, as_csv, printable
+from maepretrain.data.shards import expand, make_indexes, summary
 from maepretrain.data.write import find_source, write_shards
+from maepretrain.files import replacing
 
 
 def write(
@@ -123,5 +125,43 @@ def order(
     for s in range(steps) if step is None else (step,):
         positions = list(data.stream.positions(epoch * steps + s))
         for position, (shard, key) in zip(positions, samples.names(positions), strict=True):
-            print(s, position, shard, key, sep="\t")
+            print(s, position, printable(shard), printable(key), sep="\t")
     return 0
+
+
+def check(
+    patterns: list[str],
+    world_size: int = 1,
+    num_workers: int = 1,
+    global_batch: int | None = None,
+    channels: int = 3,
+    classes: int | None = None,
+    length: int | None = None,
+    workers: int = 2,
+    decode: bool = True,
+    list: Path | None = None,
+) -> int:
+    """Read shards and find what a run would meet: damaged or empty shards, stale indexes, wrong
+    checksums, unreadable inputs, missing or wrong labels, keys that come twice, too few samples.
+
+    Ends with 1 where anything is wrong.
+
+    Args:
+        patterns: shards, as in data.train.
+        world_size: processes of the run.
+        num_workers: loader processes of each.
+        global_batch: samples per optimizer step of the run.
+        channels: as data.channels.
+        classes: labels must be below this number; default takes any.
+        length: of 1-D signals, as the one number in data.image_size.
+        workers: processes that check, side by side.
+        decode: decode every input; without, headers and checksums only.
+        list: a CSV file that gets every fault.
+    """
+    asked = Asked(channels, classes, length, decode)
+    report = check_shards(patterns, asked, world_size, num_workers, global_batch, workers)
+    if list is not None:
+        with replacing(list) as file:
+            file.write(as_csv([Fault._fields, *report.faults]))
+    show(report)
+    return 1 if report.faults else 0

@@ -96,7 +96,7 @@ def _png_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
 def _decode_with_pil(data: bytes, channels: int, exif: bool) -> UInt8[Tensor, "c h w"]:
     try:
         with Image.open(io.BytesIO(data)) as image:
-            image.load()  # raises on damaged pixels, which must not pass for a damaged tag
+            image.load()  # once it raised on damage, a second call gives what there is
             with suppress(Exception):
                 if exif:
                     ImageOps.exif_transpose(image, in_place=True)

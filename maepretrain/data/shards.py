@@ -16,15 +16,18 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from fcntl import LOCK_EX, flock
 from functools import cached_property, partial
 from glob import glob
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import numpy as np
 from braceexpand import braceexpand
+from rich.console import Console
 from rich.progress import track
 
 from maepretrain.data.cache import ShardCache, is_remote
@@ -39,6 +42,8 @@ from maepretrain.data.faults import (
 )
 from maepretrain.files import replacing
 
+_T = TypeVar("_T")
+
 INDEX_VERSION = 2
 INPUT_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "npy")
 NO_LABEL = -1
@@ -46,6 +51,9 @@ NO_LABEL = -1
 WRONG_LABEL = -2
 # A tar writes this many bytes about a member right before its bytes.
 TAR_HEADER = 512
+# Heads of so many shards are read side by side, each thread taking so many in a row.
+THREADS = 16
+PART = 256
 # Seconds for which the index of a remote shard is not asked for again: the ranks of a node start
 # together, and one of them asks.
 FRESH = 600
@@ -175,8 +183,8 @@ def _existing(url: str, pattern: str, cache: ShardCache | None) -> list[str]:
     found = [str(path)] if path.is_file() else []
     if not found and any(character in url for character in "*?["):
         # Path.glob would take hidden files too.
-        matches = (Path(match) for match in sorted(glob(str(path))))  # noqa: PTH207
-        found = [str(match) for match in matches if match.is_file() and match.suffix != ".idx"]
+        matches = [match for match in glob(str(path)) if not match.endswith(".idx")]  # noqa: PTH207
+        found = [match for match in sorted(matches) if Path(match).is_file()]
     if not found:
         raise ShardError(f"no shard matches {url}" + (f" of {pattern}" if url != pattern else ""))
     return found
@@ -197,11 +205,12 @@ def open_shards(
     """
     cache = cache or ShardCache()
     urls = expand(patterns, cache)
-    missing = [Path(url) for url in urls if not is_remote(url) and _sidecar(Path(url)) is None]
-    known = {shard.url: shard for shard in make_indexes(missing, workers)}
     remote = [url for url in urls if is_remote(url)]
-    known |= {shard.url: shard for shard in _open_remote(remote, cache)}
-    return [known.get(url) or read_head(Path(url)) for url in urls]
+    local = [url for url in urls if not is_remote(url)] if remote else urls
+    opened = _in_threads(open_local, local) + _in_threads(partial(open_remote, cache), remote)
+    missing = [Path(url) for url, shard in zip(local, opened, strict=False) if shard is None]
+    known = {shard.url: shard for shard in (*opened, *make_indexes(missing, workers)) if shard}
+    return [known[url] for url in urls]
 
 
 def make_indexes(paths: list[Path], workers: int = 1, checksum: bool = False) -> list[Shard]:
@@ -212,41 +221,94 @@ def make_indexes(paths: list[Path], workers: int = 1, checksum: bool = False) ->
     if not paths:
         return []
     made = in_processes(_make_index, [(path, checksum) for path in paths], workers)
-    return list(track(made, "indexing shards", len(paths), transient=True))
+    return list(progress(made, "indexing shards", len(paths)))
 
 
-def _open_remote(urls: list[str], cache: ShardCache) -> list[Shard]:
-    if not urls:
-        return []
-    with ThreadPoolExecutor(min(16, len(urls))) as pool:
-        opened = pool.map(lambda url: _open_one(url, cache), urls)
+def _in_threads(open_one: Callable[[str], Shard | None], urls: list[str]) -> list[Shard | None]:
+    """Heads of many shards: a network's disk answers late, but many questions at once."""
+    parts = [urls[i : i + PART] for i in range(0, len(urls), PART)]
+    if len(parts) <= 1 and not any(map(is_remote, urls)):
+        return [open_one(url) for url in urls]
+    with ThreadPoolExecutor(THREADS) as pool:
+        opened = pool.map(lambda part: [open_one(url) for url in part], parts)
         try:
-            return list(track(opened, "reading indexes", len(urls), transient=True))
+            done = progress(opened, "reading indexes", len(parts))
+            return [shard for part in done for shard in part]
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _open_one(url: str, cache: ShardCache) -> Shard:
+def open_local(url: str) -> Shard | None:
+    """A shard with its head; None where it has no index.
+
+    Raises:
+        ShardError: an index of another version or of other bytes.
+    """
+    about = os.stat(url)  # noqa: PTH116  a Path costs more than the question
+    sidecar = Path(url + ".idx")
+    head = _read_head(sidecar)
+    if head is None:
+        sidecar = _kept_index(os.path.realpath(url), ShardCache())
+        with suppress(ShardError):  # it is ours, and can be made anew
+            head = _read_head(sidecar)
+        if head is None or sidecar.stat().st_mtime < about.st_mtime:
+            return None
+    shard = _shard(url, sidecar, head)
+    if shard.bytes != about.st_size:
+        raise ShardError(
+            f"{sidecar} is stale: the shard has {about.st_size} bytes, its index says "
+            f"{shard.bytes}; run `maepretrain shards index {url}`"
+        )
+    return shard
+
+
+def open_remote(cache: ShardCache, url: str) -> Shard:
+    """A shard with its head, which all processes of the node ask for once.
+
+    Raises:
+        ShardError: a shard that cannot be fetched, no tar, or an index of another version.
+    """
     sidecar = _kept_index(url, cache)
+    head = _fresh_head(sidecar)
+    if head is None:
+        sidecar.parent.mkdir(parents=True, exist_ok=True)
+        with sidecar.with_suffix(".lock").open("w") as lock:
+            flock(lock, LOCK_EX)  # the other processes of the node wait for the index
+            head = _fresh_head(sidecar)
+            if head is None:
+                _fetch_index(url, sidecar, cache)
+                head = _read_head(sidecar)
+    assert head is not None, "it was just written"
+    return _shard(url, sidecar, head)
+
+
+def _fresh_head(sidecar: Path) -> dict[str, Any] | None:
+    with suppress(FileNotFoundError):
+        if time.time() - sidecar.stat().st_mtime < FRESH:
+            return _read_head(sidecar)
+    return None
+
+
+def _fetch_index(url: str, sidecar: Path, cache: ShardCache) -> None:
+    """The index that lies beside a remote shard, or one made in a pass over the shard."""
+    address, mark, query = url.partition("?")
+    beside = cache.small(f"{address}.idx{mark}{query}")
+    if beside is not None:
+        with replacing(sidecar) as file:
+            file.write(beside)
+        return
+    if sidecar.exists():  # made in an earlier run; what does not fit it will be refused
+        sidecar.touch()
+        return
+    pin, fetched = cache.open(url), cache.path(url)
     try:
-        fresh = time.time() - sidecar.stat().st_mtime < FRESH
-    except FileNotFoundError:
-        fresh = False
-    if not fresh:
-        address, mark, query = url.partition("?")
-        beside = cache.small(f"{address}.idx{mark}{query}")
-        if beside is None:
-            fetched = cache.fetch(url)
-            head, columns = scan(fetched)
-            head["sha256"] = _sha256(fetched)
-            write_index(sidecar, head, columns)
-            # From now on the shard is known by its checksum.
-            fetched.replace(cache.path(url, head["bytes"], head["sha256"]))
-        else:
-            sidecar.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(sidecar) as file:
-                file.write(beside)
-    return _read_sidecar(url, sidecar)
+        head, columns = scan(fetched)
+        head["sha256"] = sha256_of(fetched)
+        write_index(sidecar, head, columns)
+        # From now on the shard is known by its checksum.
+        cache.rename(fetched, cache.path(url, head["bytes"], head["sha256"]))
+    finally:
+        os.close(pin)
 
 
 def _kept_index(url: str, cache: ShardCache) -> Path:
@@ -254,9 +316,9 @@ def _kept_index(url: str, cache: ShardCache) -> Path:
     return cache.folder / "index" / (hashlib.sha256(os.fsencode(url)).hexdigest()[:32] + ".idx")
 
 
-def _sidecar(path: Path) -> Path | None:
-    kept = _kept_index(str(path.resolve()), ShardCache())
-    return next((place for place in (index_path(path), kept) if place.exists()), None)
+def progress(work: Iterable[_T], what: str, total: int) -> Iterable[_T]:
+    """A bar while the work is done, beside what is printed for other programs."""
+    return track(work, what, total, console=Console(stderr=True), transient=True)
 
 
 def in_processes(function: Any, jobs: list[Any], workers: int) -> Iterator[Any]:
@@ -280,10 +342,10 @@ def _make_index(job: tuple[Path, bool]) -> Shard:
     head, columns = scan(path)
     sidecar = index_path(path)
     if checksum:
-        head["sha256"] = _sha256(path)
+        head["sha256"] = sha256_of(path)
     try:  # what the writer left out of the source is no longer seen in the shard
-        head["unreadable"] = _read_head(sidecar).get("unreadable", ())
-    except (OSError, ShardError):
+        head["unreadable"] = (_read_head(sidecar) or {}).get("unreadable", ())
+    except ShardError:
         head["unreadable"] = ()
     try:
         write_index(sidecar, head, columns)
@@ -295,22 +357,26 @@ def _make_index(job: tuple[Path, bool]) -> Shard:
     return _shard(str(path), sidecar, head)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shard(url: str, sidecar: Path, head: dict[str, Any]) -> Shard:
-    return Shard(
-        url,
-        sidecar,
-        head["samples"],
-        head["bytes"],
-        head.get("sha256"),
-        head["faults"],
-        head["further_inputs"],
-        tuple(head.get("unreadable", ())),
-    )
+    try:
+        return Shard(
+            url,
+            sidecar,
+            head["samples"],
+            head["bytes"],
+            head.get("sha256"),
+            head["faults"],
+            head["further_inputs"],
+            tuple(head.get("unreadable", ())),
+        )
+    except KeyError as error:
+        raise ShardError(f"{sidecar} is no shard index; delete it") from error
 
 
 def read_head(path: Path) -> Shard:
@@ -321,29 +387,26 @@ def read_head(path: Path) -> Shard:
     """
     if not path.is_file():
         raise ShardError(f"no such shard: {path}")
-    sidecar = _sidecar(path)
-    if sidecar is None:
+    shard = open_local(str(path))
+    if shard is None:
         raise ShardError(f"{path} has no index; run `maepretrain shards index {path}`")
-    shard = _read_sidecar(str(path), sidecar)
-    if shard.bytes != path.stat().st_size:
-        raise ShardError(
-            f"{sidecar} is stale: the shard has {path.stat().st_size} bytes, its index says "
-            f"{shard.bytes}; run `maepretrain shards index {path}`"
-        )
     return shard
 
 
-def _read_sidecar(url: str, sidecar: Path) -> Shard:
+def _read_head(sidecar: Path) -> dict[str, Any] | None:
+    """The first line of an index; None where there is none."""
     try:
-        return _shard(url, sidecar, _read_head(sidecar))
-    except (KeyError, TypeError) as error:
-        raise ShardError(f"{sidecar} is no shard index; delete it") from error
-
-
-def _read_head(sidecar: Path) -> dict[str, Any]:
+        file = os.open(sidecar, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
     try:
-        with sidecar.open("rb") as file:
-            head = json.loads(file.readline())
+        line = b""
+        while b"\n" not in line and (more := os.read(file, 1 << 12)):
+            line += more
+    finally:
+        os.close(file)
+    try:
+        head = json.loads(line.partition(b"\n")[0])
         version = head["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{sidecar} is no shard index; delete it") from error
@@ -423,8 +486,6 @@ def scan(path: Path) -> tuple[dict[str, Any], Columns]:
                 rows.append((place, member.size, header, label, extension))
                 keys.append(key)
         except tarfile.TarError as error:
-            if not rows and not faults:
-                raise ShardError(f"{path} is not a whole, uncompressed tar: {error}") from error
             faults.setdefault(DAMAGED_SHARD, []).append(str(error))
     if not rows:
         faults.setdefault(EMPTY_SHARD, []).append("it holds no sample")
@@ -478,7 +539,11 @@ def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     tarfile alone takes a tar that was cut between two members, or is damaged there, for whole.
     """
     end = os.fstat(file.fileno()).st_size
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  closed below
+    except tarfile.TarError as error:
+        raise ShardError(f"{file.name} is not a whole, uncompressed tar: {error}") from error
+    with tar:
         for member in tar:
             if member.issparse():
                 raise tarfile.ReadError(f"member {member.name} has holes (tar --sparse)")

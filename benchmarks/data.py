@@ -1,0 +1,290 @@
+"""The input pipeline side by side with others: CPU time per image, to 224 x 224, one thread.
+
+    pip install -e '.[bench]' && python benchmarks/data.py --out benchmarks/data.md
+
+Makes 2,000 JPEGs of 500 x 375 from real photographs (scikit-image's and scikit-learn's), packs them
+for each pipeline, and reads the same number of images through each of them in turn, several times.
+What is compared is the median over the rounds of process CPU time, which neighbours on the machine
+disturb less than the clock; the ratios are within a round.
+"""
+
+import argparse
+import io
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import skimage
+import torch
+import webdataset
+from litdata import StreamingDataset, optimize
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import functional
+
+from maepretrain.data.images import UNIFORMS, Augment, decode
+from maepretrain.data.module import ShardData
+from maepretrain.data.write import find_source, write_shards
+from maepretrain.randomness import uniform
+
+BATCH, SIDE = 64, 224
+# Files come out about as large as ImageNet's (110 KB on average).
+QUALITY = 97
+PHOTOS = (
+    *("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "motorcycle_right.png"),
+    *("rocket.jpg", "retina.jpg", "hubble_deep_field.jpg", "ihc.png"),
+)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# facebookresearch/mae, main_pretrain.py: its transform, written in torchvision's terms.
+PAPER = transforms.Compose(
+    [
+        transforms.RandomResizedCrop(
+            SIDE, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
+        ),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD),
+    ]
+)
+Pass = Callable[[int], Iterator[int]]
+
+
+def photographs() -> list[Image.Image]:
+    """Real colour photographs that two packages ship."""
+    folder = Path(skimage.__file__).parent / "data"
+    files = [Image.open(folder / name).convert("RGB") for name in PHOTOS]
+    return files + [Image.fromarray(array) for array in load_sample_images().images]
+
+
+def make_jpegs(folder: Path, number: int) -> None:
+    """Crops of the photographs, 500 x 375, in ten classes: JPEG 4:2:0 as cameras write it."""
+    if folder.exists() and sum(1 for _ in folder.rglob("*.jpg")) == number:
+        return
+    random, photos = np.random.default_rng(0), photographs()
+    for i in range(number):
+        photo = photos[i % len(photos)]
+        share = random.uniform(0.75, 1.0) * min(photo.width / 4, photo.height / 3)
+        w, h = round(4 * share), round(3 * share)
+        left = int(random.integers(0, photo.width - w + 1))
+        top = int(random.integers(0, photo.height - h + 1))
+        image = photo.resize((500, 375), Image.Resampling.LANCZOS, (left, top, left + w, top + h))
+        if random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        path = folder / str(i % 10) / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, quality=QUALITY)
+
+
+def ours(shards: str, crops: int = 1) -> Pass:
+    """maepretrain's loader."""
+    data = ShardData(
+        shards, global_batch=BATCH, image_size=SIDE, crops_per_image=crops, num_workers=0
+    )
+    data.plan(1_000_000, 1, 1)
+
+    def run(images: int) -> Iterator[int]:
+        for batch in data.train_dataloader():
+            yield len(batch["position"])
+
+    return run
+
+
+def image_folder(folder: Path) -> Pass:
+    """torchvision's ImageFolder with the official code's transform."""
+    dataset = ImageFolder(str(folder), PAPER)
+
+    def run(images: int) -> Iterator[int]:
+        for batch, _ in DataLoader(dataset, BATCH, shuffle=True, drop_last=True):
+            yield len(batch)
+
+    return run
+
+
+def plain_webdataset(shards: list[str]) -> Pass:
+    """webdataset's pipeline with its PIL decoder and the official code's transform."""
+
+    def run(images: int) -> Iterator[int]:
+        pipeline = (
+            webdataset.WebDataset(shards, shardshuffle=len(shards), empty_check=False)
+            .shuffle(1000)
+            .decode("pil")
+            .to_tuple("jpg", "cls")
+            .map_tuple(PAPER, lambda label: label)
+            .batched(BATCH, partial=False)
+        )
+        for batch, _ in pipeline:
+            yield len(batch)
+
+    return run
+
+
+def _item(path: str) -> dict[str, Any]:
+    return {"image": Path(path).read_bytes(), "label": int(Path(path).parent.name)}
+
+
+def litdata_chunks(folder: Path, chunks: Path) -> None:
+    """litdata's own format, in chunks as large as the shards."""
+    if not (chunks / "index.json").exists():
+        files = sorted(str(path) for path in folder.rglob("*.jpg"))
+        optimize(_item, files, str(chunks), chunk_size=500, num_workers=1)
+
+
+class LitData(StreamingDataset):
+    """litdata's streaming data set, with our pixels or the official code's."""
+
+    def __init__(self, chunks: Path, ours: bool) -> None:
+        super().__init__(str(chunks), shuffle=True, drop_last=True)
+        self.augment = Augment(SIDE, SIDE) if ours else None
+        self.position = 0
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        data = bytes(super().__getitem__(index)["image"])
+        if self.augment is None:
+            return PAPER(Image.open(io.BytesIO(data)).convert("RGB"))
+        self.position += 1
+        u = uniform(0, "crop", torch.tensor([self.position]), UNIFORMS)[0]
+        return self.augment(decode(data, 3), u)
+
+
+def litdata(chunks: Path, ours: bool) -> Pass:
+    """litdata's reader and torch's loader."""
+
+    def run(images: int) -> Iterator[int]:
+        for batch in DataLoader(LitData(chunks, ours), BATCH, drop_last=True):
+            yield len(batch)
+
+    return run
+
+
+def pixels_only(folder: Path) -> Pass:
+    """Decode, crop and flip of bytes that lie in memory: what no loader can go below."""
+    data = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))]
+    augment = Augment(SIDE, SIDE)
+
+    def run(images: int) -> Iterator[int]:
+        numbers = uniform(0, "crop", torch.arange(len(data)), UNIFORMS)
+        for one, u in zip(data, numbers, strict=True):
+            augment(decode(one, 3), u)
+            yield 1
+
+    return run
+
+
+def cpu_microseconds(one_pass: Pass, images: int) -> float:
+    """Process CPU time per image, in microseconds, the start of an epoch included."""
+    begin, done = time.process_time(), 0
+    while done < images:
+        for more in one_pass(images):
+            done += more
+            if done >= images:
+                break
+    return (time.process_time() - begin) / done * 1e6
+
+
+def psnr(folder: Path, images: int = 100) -> tuple[float, float]:
+    """Median PSNR (dB) and mean absolute difference of our pixels to torchvision's on PIL images,
+    at the same crops."""
+    augment, decibels, differences = Augment(SIDE, SIDE), [], []
+    for i, path in enumerate(sorted(folder.rglob("*.jpg"))[:images]):
+        data, u = path.read_bytes(), uniform(0, "crop", torch.tensor([i]), UNIFORMS)[0]
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        top, left, height, width = augment.box(image.height, image.width, u.tolist())
+        truth = functional.resized_crop(
+            image, top, left, height, width, [SIDE, SIDE], functional.InterpolationMode.BICUBIC
+        )
+        truth = functional.hflip(truth) if u[-1] < augment.flip else truth
+        difference = augment(decode(data, 3), u).double() - functional.pil_to_tensor(truth)
+        decibels.append(10 * np.log10(255**2 / max(1e-9, float(difference.square().mean()))))
+        differences.append(float(difference.abs().mean()))
+    return statistics.median(decibels), statistics.mean(differences)
+
+
+def table(rows: dict[str, list[float]], base: str) -> str:
+    """Markdown: median CPU time, images a second, and the median ratio to `base` in the rounds."""
+    lines = ["| pipeline | CPU µs/image | images/s | x |", "|---|---|---|---|"]
+    for name, times in rows.items():
+        ratio = statistics.median(b / t for b, t in zip(rows[base], times, strict=True))
+        median = statistics.median(times)
+        lines.append(f"| {name} | {median:,.0f} | {1e6 / median:,.0f} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/maepretrain-bench"))
+    parser.add_argument("--images", type=int, default=2000, help="JPEGs that are made")
+    parser.add_argument("--read", type=int, default=512, help="images of each pipeline in a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="Markdown with the results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder, shards = arguments.folder / "jpeg", arguments.folder / "shards"
+    make_jpegs(folder, arguments.images)
+    source = find_source(str(folder), None, "train")
+    write_shards(source, shards / "full", samples_per_shard=500)
+    write_shards(source, shards / "short320", samples_per_shard=500, short_side=320)
+    chunks = arguments.folder / "litdata"
+    litdata_chunks(folder, chunks)
+    full = f"{shards}/full/train-*.tar"
+    reference = "ImageFolder, PIL, official transform"
+    passes = {
+        reference: image_folder(folder),
+        "webdataset, PIL, official transform": plain_webdataset(
+            sorted(str(path) for path in (shards / "full").glob("*.tar"))
+        ),
+        "litdata, PIL, official transform": litdata(chunks, ours=False),
+        "litdata, our decoder and crop": litdata(chunks, ours=True),
+        "**maepretrain**": ours(full),
+        "our decoder and crop alone, from memory": pixels_only(folder),
+        "maepretrain, 2 crops of each image": ours(full, 2),
+        "maepretrain, 4 crops of each image": ours(full, 4),
+        "maepretrain, shards written with short side 320": ours(f"{shards}/short320/train-*.tar"),
+    }
+    rows: dict[str, list[float]] = {name: [] for name in passes}
+    for one_pass in passes.values():  # files into the page cache, imports done
+        cpu_microseconds(one_pass, BATCH)
+    for number in range(arguments.rounds):
+        for name, one_pass in passes.items():
+            rows[name].append(cpu_microseconds(one_pass, arguments.read))
+        print(f"round {number + 1} of {arguments.rounds}", flush=True)
+    mine, alone = rows["**maepretrain**"], rows["our decoder and crop alone, from memory"]
+    overhead = statistics.median(m / a - 1 for m, a in zip(mine, alone, strict=True))
+    decibels, difference = psnr(folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*.jpg")) / arguments.images
+    text = f"""# Input pipelines side by side
+
+`python benchmarks/data.py --out benchmarks/data.md`, {time.strftime("%Y-%m-%d")}:
+{arguments.images:,} JPEGs of 500 x 375 (mean {size / 1000:.0f} KB), random resized crop to {SIDE},
+one thread, median CPU time of {arguments.rounds} interleaved rounds of {arguments.read} images.
+"x" is the speed against the first row, the median of the rounds' ratios.
+
+{table(rows, reference)}
+
+The loader costs {100 * overhead:.1f} % on top of decode and crop: index, order, reads, batches.
+Our pixels against torchvision's on PIL images at the same crops: PSNR {decibels:.1f} dB (median),
+mean absolute difference {difference:.3f} of 255. The PIL rows end in normalised float32, ours in
+uint8, which is normalised on the device. Several crops of an image and smaller images change what
+is trained on: those rows are no like-for-like comparison. torch {torch.__version__},
+webdataset {metadata.version("webdataset")}, litdata {metadata.version("litdata")}.
+"""
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text)
+    shutil.rmtree(arguments.folder / "litdata-cache", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -47,7 +47,7 @@ PHOTOS = (
 )
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # facebookresearch/mae, main_pretrain.py: its transform, written in torchvision's terms.
-PAPER = transforms.Compose(
+PAPER: Any = transforms.Compose(
     [
         transforms.RandomResizedCrop(
             SIDE, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
@@ -116,7 +116,8 @@ def plain_webdataset(shards: list[str]) -> Pass:
 
     def run(images: int) -> Iterator[int]:
         pipeline = (
-            webdataset.WebDataset(shards, shardshuffle=len(shards), empty_check=False)
+            cast(Any, webdataset)
+            .WebDataset(shards, shardshuffle=len(shards), empty_check=False)
             .shuffle(1000)
             .decode("pil")
             .to_tuple("jpg", "cls")
@@ -201,7 +202,13 @@ def psnr(folder: Path, images: int = 100) -> tuple[float, float]:
         image = Image.open(io.BytesIO(data)).convert("RGB")
         top, left, height, width = augment.box(image.height, image.width, u.tolist())
         truth = functional.resized_crop(
-            image, top, left, height, width, [SIDE, SIDE], functional.InterpolationMode.BICUBIC
+            cast(Any, image),
+            top,
+            left,
+            height,
+            width,
+            [SIDE, SIDE],
+            functional.InterpolationMode.BICUBIC,
         )
         truth = functional.hflip(truth) if u[-1] < augment.flip else truth
         difference = augment(decode(data, 3), u).double() - functional.pil_to_tensor(truth)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ class Pretrain(Scheduled):
     ) -> None:
         super().__init__(optim, data, steps, seed)
         self.model = model
+        self._sum = torch.zeros(0)
 
     def summary(self) -> dict[str, str]:
         """What the model says of itself."""
@@ -37,9 +39,22 @@ class Pretrain(Scheduled):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self.losses(batch)
-        self.log("loss", losses["loss"], prog_bar=True)
-        self.log_dict({name: value for name, value in losses.items() if name != "loss"})
+        self._log_mean(losses, batch_idx)
         return losses["loss"]
+
+    def _log_mean(self, losses: Batch, batch_idx: int) -> None:
+        """Log what the whole global batch gave, whoever computed it: ranks and micro-batches mean
+        nothing to a loss curve. Ranks meet only at steps that are logged."""
+        values = torch.stack([value.detach().float() for value in losses.values()])
+        accumulation = self.trainer.accumulate_grad_batches
+        micro_batch = batch_idx % accumulation
+        self._sum = values if micro_batch == 0 else self._sum + values
+        # Lightning's own question, which no public name answers.
+        logs = cast(Any, self.trainer)._logger_connector.should_update_logs
+        if micro_batch + 1 == accumulation and logs:
+            mean = self.trainer.strategy.reduce(self._sum / accumulation, reduce_op="mean")
+            for name, value in zip(losses, cast(Tensor, mean), strict=True):
+                self.log(name, value, prog_bar=name == "loss")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         losses = self.losses(batch)

@@ -140,26 +140,36 @@ class RunFolder:
         """A run that failed before its first checkpoint leaves what was there before it."""
         known = [path for path in self.path.iterdir() if _of_a_run(path) or path.name == ".lock"]
         for path in known:
-            if (self._began or path not in self._old) and path.is_file():
+            # The list of faults stays: it may be the reason.
+            written = self._began or path not in self._old
+            if written and path.is_file() and path.name != "faults.csv":
                 path.unlink()
         if not any(self.path.iterdir()):
             self.path.rmdir()
 
+    def state(self) -> dict[str, Any] | None:
+        """The checkpoint that the run goes on from, None at its start.
+
+        Raises:
+            ValueError: a file that is no checkpoint.
+        """
+        if self.resume_from is None:
+            return None
+        # mmap: only counters are wanted, not gigabytes of weights
+        try:
+            state = torch.load(self.resume_from, map_location="cpu", weights_only=True, mmap=True)
+            int(state["global_step"])
+        except Exception as error:
+            raise ValueError(
+                f"checkpoint {self.resume_from} cannot be read ({type(error).__name__}); put "
+                f"another one of {self.resume_from.parent} in its place"
+            ) from error
+        return state
+
     def loggers(self) -> list[Logger]:
         """CSV (appends on a resume) and TensorBoard, both straight in the run folder."""
-        step = 0
-        if self.resume_from is not None:
-            # mmap: only the counter is wanted, not gigabytes of weights
-            try:
-                state = torch.load(
-                    self.resume_from, map_location="cpu", weights_only=True, mmap=True
-                )
-                step = int(state["global_step"])
-            except Exception as error:
-                raise ValueError(
-                    f"checkpoint {self.resume_from} cannot be read ({type(error).__name__}); put "
-                    f"another one of {self.resume_from.parent} in its place"
-                ) from error
+        state = self.state()
+        step = 0 if state is None else int(state["global_step"])
         folder = str(self.path)
         return [
             AppendingCSVLogger(folder, keep_until=step),

@@ -22,6 +22,9 @@ from maepretrain.distributed import say
 from maepretrain.optim import Group, Optimization, describe
 from maepretrain.runs import RunFolder, WholeCheckpointIO
 
+# What gloo and NCCL say where another process of the run has ended.
+LOST_PEER = ("closed by peer", "reset by peer", "communicator was aborted", "process has exited")
+
 
 class Normalise(nn.Module):
     """(x - mean) / std in float32, on the device, where x is a uint8 pixel / 255 or a float as it
@@ -110,7 +113,7 @@ class Scheduled(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Tell Lightning's loop how far the run is, in micro-batches and steps of today's size."""
-        state = next(value for name, value in checkpoint.items() if name.endswith("ShardData"))
+        state = _data_state(checkpoint)
         data = cast(ShardData, cast(Any, self.trainer).datamodule)
         assert data.stream is not None
         begin = data.resumes_at(state)
@@ -122,6 +125,11 @@ class Scheduled(L.LightningModule):
         optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
         for name in ("step", "zero_grad"):
             _set_progress(optimizer[name], begin // data.global_batch, "completed")
+
+
+def _data_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What the data module saved in a checkpoint; Lightning keeps it under the class's name."""
+    return next(value for name, value in checkpoint.items() if name.endswith("ShardData"))
 
 
 def _set_progress(progress: dict[str, dict[str, int]], done: int, counted: str) -> None:
@@ -216,11 +224,17 @@ def fit(
         )
         accumulation = trainer.get("accumulate_grad_batches") or 1
         data.plan(trainer["max_steps"], engine.world_size, accumulation)
+        if (state := folder.state()) is not None:
+            data.resumes_at(_data_state(state))  # refused here, it has not touched the folder yet
         _describe(data, engine, accumulation, module)
         engine.fit(module, data, ckpt_path=folder.resume_from, weights_only=True)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except RuntimeError as error:
+        if any(sign in str(error) for sign in LOST_PEER):
+            raise ValueError(
+                "another process of this run ended; its own message says why"
+            ) from None
         if "loading state_dict" not in str(error):
             raise
         raise ValueError(

@@ -30,7 +30,7 @@ RECORDS, READS = "RECORDER_RECORDS", "RECORDER_READS"
 # "RANK:N": this rank stops for good in its N-th forward pass, after it wrote it down.
 HOLD = "RECORDER_HOLD"
 # A run that takes longer hangs.
-HANGS = 120
+HANGS = 300
 
 
 class Record(NamedTuple):

@@ -120,7 +120,11 @@ def test_processes_write_one_list_at_a_time(tmp_path: Path):
     for writer in writers:
         assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
     for writer in writers:
-        writer.communicate("go\n", timeout=60)
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate(timeout=60)
         assert writer.returncode == 0
     head, *listed = rows(path)
     assert head == list(Fault._fields)

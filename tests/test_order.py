@@ -28,10 +28,13 @@ def epoch_by_definition(
     lanes: int,
     block: int,
     tail: str,
+    staggered: bool = True,
 ) -> list[list[tuple[int, int]]]:
     """The (shard, member) of every step of an epoch, from lists alone."""
     shards = permutation(seed, "shards", len(counts), epoch).tolist()
     sequence = [(s, m) for s in shards for m in range(counts[s])]
+    begin = key(seed, "begin", epoch) % len(sequence)
+    sequence = sequence[begin:] + sequence[:begin]
     steps, rest = divmod(len(sequence), global_batch)
     if tail == "pad" and rest:
         steps += 1
@@ -42,7 +45,7 @@ def epoch_by_definition(
     for lane in range(lanes):
         ids = sequence[lane * length // lanes : (lane + 1) * length // lanes]
         # The first block of a lane is shorter by the lane's share of a block.
-        first = block - lane * block // lanes
+        first = block - lane * block // lanes * staggered
         blocks = [ids[:first], *(ids[i : i + block] for i in range(first, len(ids), block))]
         shuffled.append(
             [
@@ -157,41 +160,27 @@ def test_a_block_keeps_to_few_shards():
         assert len({s for s, _ in located(order, range(first, first + 100))}) <= 3
 
 
-def new_shards(order: EpochOrder, steps: int) -> list[int]:
-    """How many shards each step wants that the step before it did not."""
-    wanted, before = [], set[int]()
-    for step in range(steps):
-        first = step * order.global_batch
-        now = {s for s, _ in located(order, range(first, first + order.global_batch))}
-        wanted.append(len(now - before))
-        before = now
+def new_shards(steps: list[list[tuple[int, int]]]) -> list[int]:
+    """How many shards each step wants that no step before it did."""
+    wanted, seen = [], set[int]()
+    for places in steps:
+        now = {shard for shard, _ in places}
+        wanted.append(len(now - seen))
+        seen |= now
     return wanted
 
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])
 def test_lanes_begin_their_blocks_one_after_the_other(lanes: int):
-    """Else all of them would want new shards in one step, and every rank would wait for them.
-
-    Shards of a block's size: at most the blocks that begin within a step want new ones, while
-    lanes in step with each other (the definition with one block more or less at the start) want
-    two shards for every lane at once.
-    """
-    batch, block, steps = 16 * 4, 256, 64
-    order = EpochOrder(torch.full((256,), block), batch, lanes=lanes, block=block)
-    per_lane = batch // lanes
-    wanted = new_shards(order, steps)[1:]
-    # A block's samples come shuffled, so those of both shards that it touches come within steps.
-    assert max(wanted) <= lanes // 2 + 1
-    begins = Counter(
-        (b * block - lane * block // lanes) // per_lane
-        for lane in range(lanes)
-        for b in range(1, steps * per_lane // block + 1)
-    )
-    assert max(begins.values()) <= max(1, -(-per_lane * lanes // block))
-    for lane in range(lanes):
-        for b in range(3):
-            begin = order._first_of_block(lane, b)
-            assert begin == max(0, b * block - lane * block // lanes)
+    """Else all of them want new shards in one step, and every rank waits until they are there."""
+    counts, batch, block = [64] * 256, 64, 256
+    order = EpochOrder(torch.tensor(counts), batch, lanes=lanes, block=block)
+    ours = [located(order, range(p, p + batch)) for p in range(0, len(counts) * 64, batch)]
+    together = epoch_by_definition(counts, batch, 0, 0, lanes, block, "drop", staggered=False)
+    # A block touches five shards, and one lane begins one every fourth step; together, all lanes
+    # begin theirs in one step. At the start all shards are new.
+    most, at_once = (max(new_shards(steps)[20:]) for steps in (ours, together))
+    assert most <= 5 and at_once >= 2 * lanes
 
 
 def test_describes_what_an_epoch_leaves_out_or_repeats():

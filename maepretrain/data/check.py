@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from maepretrain.data.cache import ShardCache, is_remote
+from maepretrain.data.cache import ShardCache
 from maepretrain.data.faults import CORRUPT_INPUT, Fault, ShardError, Unreadable, printable
+from maepretrain.data.remote import is_remote
 from maepretrain.data.shards import (
     INPUT_EXTENSIONS,
     NO_LABEL,

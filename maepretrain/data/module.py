@@ -16,11 +16,12 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from maepretrain.data.cache import ReadAhead, ShardCache, is_remote
+from maepretrain.data.cache import ReadAhead, ShardCache
 from maepretrain.data.faults import Fault, FaultList, ShardError, borne, too_many
 from maepretrain.data.images import Augment, CentreCrop, SignalCrop
 from maepretrain.data.order import EpochOrder, Mixture, Order
 from maepretrain.data.plain import PlainOrder, PlainStream, plain_sources
+from maepretrain.data.remote import is_remote
 from maepretrain.data.samples import Batch, Pixels, Samples, ShardIndex
 from maepretrain.data.shards import open_shards, summary
 from maepretrain.data.store import Store

@@ -127,14 +127,17 @@ class EpochOrder:
     ) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]]:
         """(shard, member in the shard) of each position of the run."""
         epoch, i = positions // self.length, positions % self.length
-        place = self._shuffle(epoch, *self._lane(i)) % self.samples
+        place = self._shuffle(epoch, *self._lane(i))
         shard, member = torch.empty_like(positions), torch.empty_like(positions)
         for e in epoch.unique().tolist():
             here = epoch == e
             shards, ends = self._shards(e)
-            nth = torch.searchsorted(ends, place[here], right=True)
+            # Each epoch begins elsewhere, or the last samples of shards would be left out most.
+            begin = key(self.seed, "begin", e) % self.samples
+            turned = (place[here] + begin) % self.samples
+            nth = torch.searchsorted(ends, turned, right=True)
             shard[here] = shards[nth]
-            member[here] = place[here] - (ends[nth] - self.counts[shards[nth]])
+            member[here] = turned - (ends[nth] - self.counts[shards[nth]])
         return shard, member
 
     def _lane(self, i: Int64[Tensor, "n"]) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]]:

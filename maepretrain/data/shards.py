@@ -30,7 +30,7 @@ from braceexpand import braceexpand
 from rich.console import Console
 from rich.progress import track
 
-from maepretrain.data.cache import ShardCache, is_remote
+from maepretrain.data.cache import ShardCache
 from maepretrain.data.faults import (
     DAMAGED_SHARD,
     EMPTY_SHARD,
@@ -40,6 +40,7 @@ from maepretrain.data.faults import (
     WRONG_LABEL_FAULT,
     ShardError,
 )
+from maepretrain.data.remote import is_remote
 from maepretrain.files import replacing
 
 _T = TypeVar("_T")

@@ -5,8 +5,9 @@ import zlib
 from collections import OrderedDict
 from typing import Any
 
-from maepretrain.data.cache import ShardCache, is_remote
+from maepretrain.data.cache import ShardCache
 from maepretrain.data.faults import SHORT_MEMBER, ShardError, Unreadable
+from maepretrain.data.remote import is_remote
 from maepretrain.data.shards import TAR_HEADER, Columns, Shard
 
 

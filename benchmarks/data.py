@@ -168,14 +168,17 @@ def litdata(chunks: Path, ours: bool) -> Pass:
     return run
 
 
-def pixels_only(folder: Path) -> Pass:
-    """Decode, crop and flip of bytes that lie in memory: what no loader can go below."""
-    data = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))]
+def pixels_only(folder: Path, shards: str, images: int) -> Pass:
+    """Decode, crop and flip of the bytes that our loader reads, from memory: what no loader can go
+    below."""
+    data = ShardData(shards, global_batch=BATCH, image_size=SIDE)
+    names = data.training().names(list(range(images)))
+    files = [(folder / f"{key}.jpg").read_bytes() for _, key in names]
+    numbers = uniform(0, "crop", torch.arange(images), UNIFORMS).unbind()
     augment = Augment(SIDE, SIDE)
 
     def run(images: int) -> Iterator[int]:
-        numbers = uniform(0, "crop", torch.arange(len(data)), UNIFORMS)
-        for one, u in zip(data, numbers, strict=True):
+        for one, u in zip(files, numbers, strict=True):
             augment(decode(one, 3), u)
             yield 1
 
@@ -255,7 +258,7 @@ def main() -> None:
         "litdata, PIL, official transform": litdata(chunks, ours=False),
         "litdata, our decoder and crop": litdata(chunks, ours=True),
         "**maepretrain**": ours(full),
-        "our decoder and crop alone, from memory": pixels_only(folder),
+        "our decoder and crop alone, from memory": pixels_only(folder, full, arguments.read),
         "maepretrain, 2 crops of each image": ours(full, 2),
         "maepretrain, 4 crops of each image": ours(full, 4),
         "maepretrain, shards written with short side 320": ours(f"{shards}/short320/train-*.tar"),

@@ -24,8 +24,9 @@ from maepretrain.data.faults import (
 from maepretrain.data.images import UNIFORMS, Augment, CentreCrop, SignalCrop
 from maepretrain.data.order import EpochOrder, Mixture
 from maepretrain.data.samples import Batch, Samples, ShardIndex
-from maepretrain.data.shards import Columns, Shard, open_shards
+from maepretrain.data.shards import Shard, open_shards
 from maepretrain.data.store import Store
+from maepretrain.data.tars import Columns
 from maepretrain.data.write import Arrays, write_shards
 from maepretrain.randomness import uniform
 

@@ -37,9 +37,6 @@ from maepretrain.data.faults import (
     Unreadable,
 )
 from maepretrain.data.shards import (
-    INPUT_EXTENSIONS,
-    WRONG_LABEL,
-    Columns,
     Shard,
     expand,
     in_processes,
@@ -47,11 +44,11 @@ from maepretrain.data.shards import (
     make_indexes,
     open_shards,
     read_head,
-    scan,
     summary,
     write_index,
 )
 from maepretrain.data.store import Store
+from maepretrain.data.tars import INPUT_EXTENSIONS, WRONG_LABEL, Columns, scan
 from maepretrain.files import replacing
 
 Files = dict[str, bytes]
@@ -488,6 +485,14 @@ def test_the_index_says_what_the_scan_said(tmp_path: Path):
     assert columns.keys == scanned.keys
     for name in ("offset", "size", "header", "label", "extension"):
         np.testing.assert_array_equal(getattr(columns, name), getattr(scanned, name))
+
+
+def test_many_faults_make_a_long_head(tmp_path: Path):
+    """It is read in pieces."""
+    by_python(tmp_path / "a.tar", {f"{'n' * 90}{i:03d}.txt": b"" for i in range(200)})
+    (made,) = open_shards(str(tmp_path / "a.tar"))
+    (read,) = open_shards(str(tmp_path / "a.tar"))
+    assert made == read and len(read.faults[MISSING_INPUT]) == 200
 
 
 def test_an_index_is_made_once(tmp_path: Path):

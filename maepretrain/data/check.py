@@ -24,18 +24,15 @@ from maepretrain.data.cache import ShardCache
 from maepretrain.data.faults import CORRUPT_INPUT, Fault, ShardError, Unreadable, printable
 from maepretrain.data.remote import is_remote
 from maepretrain.data.shards import (
-    INPUT_EXTENSIONS,
-    NO_LABEL,
-    Columns,
     Shard,
     expand,
     in_processes,
     open_local,
     open_remote,
     progress,
-    scan,
     sha256_of,
 )
+from maepretrain.data.tars import INPUT_EXTENSIONS, NO_LABEL, Columns, scan
 
 UNUSABLE_SHARD = "unusable shard"
 STALE_INDEX = "stale index"

@@ -20,8 +20,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from maepretrain.data.faults import DAMAGED_SHARD, Fault, FaultList, ShardError, Unreadable
 from maepretrain.data.samples import Batch, Pixels
-from maepretrain.data.shards import INPUT_EXTENSIONS, NO_LABEL, TAR_HEADER, expand, label_of
+from maepretrain.data.shards import expand
 from maepretrain.data.stream import Stream
+from maepretrain.data.tars import INPUT_EXTENSIONS, NO_LABEL, TAR_HEADER, label_of
 from maepretrain.randomness import key, permutation
 
 # Samples among which the next one is drawn.

@@ -28,8 +28,9 @@ from maepretrain.data.images import (
     decode_array,
 )
 from maepretrain.data.order import Order
-from maepretrain.data.shards import INPUT_EXTENSIONS, NO_LABEL, WRONG_LABEL, Columns, Shard
+from maepretrain.data.shards import Shard
 from maepretrain.data.store import Store
+from maepretrain.data.tars import INPUT_EXTENSIONS, NO_LABEL, WRONG_LABEL, Columns
 from maepretrain.randomness import uniform
 
 Batch = dict[str, Tensor]

@@ -8,7 +8,8 @@ from typing import Any
 from maepretrain.data.cache import ShardCache
 from maepretrain.data.faults import SHORT_MEMBER, ShardError, Unreadable
 from maepretrain.data.remote import is_remote
-from maepretrain.data.shards import TAR_HEADER, Columns, Shard
+from maepretrain.data.shards import Shard
+from maepretrain.data.tars import TAR_HEADER, Columns
 
 
 class Store:

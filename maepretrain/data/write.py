@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
-from rich.progress import track
 
 from maepretrain.data.arrays import MAGIC, read_array
 from maepretrain.data.faults import ShardError
@@ -36,11 +35,12 @@ from maepretrain.data.shards import (
     Shard,
     in_processes,
     index_path,
+    progress,
     read_head,
-    scan,
     summary,
     write_index,
 )
+from maepretrain.data.tars import scan
 from maepretrain.files import replacing
 
 # What a file of an image folder must be called; what it holds is read from its bytes.
@@ -286,7 +286,10 @@ class Torchvision(Source):
         if labels is None and self._samples and isinstance(self._samples[0], tuple):
             labels = [sample[1] for sample in self._samples]
         if labels is None:
-            labels = [self._set[i][1] for i in track(range(len(self._set)), "reading labels")]
+            labels = [
+                self._set[i][1]
+                for i in progress(range(len(self._set)), "reading labels", len(self._set))
+            ]
         try:
             return [Entry(f"{i:08d}", int(label), i) for i, label in enumerate(labels)]
         except (TypeError, ValueError) as error:
@@ -390,7 +393,7 @@ def write_shards(
         if not (index_path(dst / name).exists() and (dst / name).exists())
     ]
     written = in_processes(_write_shard, jobs, workers)
-    for _ in track(written, f"writing {split} shards", len(jobs)) if jobs else ():
+    for _ in progress(written, f"writing {split} shards", len(jobs)) if jobs else ():
         pass
     _sweep(dst, set(names))
     shards = [read_head(dst / name) for name in names]

@@ -19,8 +19,8 @@ from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch, ShardIndex
 from maepretrain.distributed import is_rank_zero, say
 from maepretrain.evaluate.features import embed
-from maepretrain.evaluate.knn import knn_accuracy
-from maepretrain.evaluate.probe import linear_probe
+from maepretrain.evaluate.heads import linear_probe
+from maepretrain.evaluate.neighbours import knn_accuracy
 from maepretrain.plots import reconstruction_grid
 from maepretrain.randomness import permutation
 from maepretrain.runs import RunFolder
@@ -294,12 +294,16 @@ class LiveEvaluation(L.Callback):
                 data.evaluation(index, labelled=True),
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
+                workers=data.num_workers,
             )
 
         train, labels = features(self.bank)
         test, truth = features(data.val_index)
+        # Lightning validates in inference mode, whose tensors no gradient can be taken of.
+        with torch.inference_mode(False), torch.enable_grad():
+            probed = linear_probe(train.clone(), labels.clone(), test.clone(), truth.clone())
         values = {
-            "val_probe": linear_probe(train, labels, test, truth, strength=0.3, max_iterations=200),
+            "val_probe": probed,
             "val_knn": knn_accuracy(test, truth, train, labels, k=self.k),
         }
         pl_module.log_dict(values, rank_zero_only=False, sync_dist=False, prog_bar=True)

@@ -26,8 +26,13 @@ maepretrain VERB [OPTIONS]     pretrain masked autoencoders from WebDataset shar
   shards check PATTERN...      find what is wrong with shards before a run does
   shards order PATTERN...      print the samples that a rank will read
   pretrain -c CONFIG           pretrain a model on shards
-  probe --encoder RUN          linear probe and k-NN on the features of a pretrained encoder
+  probe --encoder RUN          linear probe on the features of a pretrained encoder
+  knn --encoder RUN            k-nearest-neighbour classification of the same features
   finetune --encoder RUN       train the encoder and a classifier on labels
+  embed --encoder RUN          write the features of images, with their keys, to a file
+  export --encoder RUN         the encoder for timm, Hugging Face or the official code
+
+  An encoder is a RUN folder, a file of weights, or timm:NAME.
 
   maepretrain VERB --help      the options of a verb
   maepretrain configs          the shipped configurations, for -c NAME
@@ -90,12 +95,23 @@ def _pretrain(argv: list[str]) -> int:
 
 def _probe(argv: list[str]) -> int:
     check_torch_pair()
-    from maepretrain.evaluate.table import probe
+    from maepretrain.evaluate.probe import probe_command
 
-    parser = make_parser("probe")
-    parser.add_function_arguments(probe)
-    probe(**parse(parser, argv))
-    return 0
+    return probe_command(argv)
+
+
+def _knn(argv: list[str]) -> int:
+    check_torch_pair()
+    from maepretrain.evaluate.knn import knn_command
+
+    return knn_command(argv)
+
+
+def _embed(argv: list[str]) -> int:
+    check_torch_pair()
+    from maepretrain.evaluate.embed import embed_command
+
+    return embed_command(argv)
 
 
 def _finetune(argv: list[str]) -> int:
@@ -103,6 +119,13 @@ def _finetune(argv: list[str]) -> int:
     from maepretrain.evaluate.finetune import finetune_command
 
     return finetune_command(argv)
+
+
+def _export(argv: list[str]) -> int:
+    check_torch_pair()
+    from maepretrain.export import export_command
+
+    return export_command(argv)
 
 
 def _configs(argv: list[str]) -> int:
@@ -119,7 +142,10 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "shards": _shards,
     "pretrain": _pretrain,
     "probe": _probe,
+    "knn": _knn,
+    "embed": _embed,
     "finetune": _finetune,
+    "export": _export,
     "configs": _configs,
 }
 

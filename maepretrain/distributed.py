@@ -29,6 +29,8 @@ def quiet_lightning() -> None:
     # True of plain loaders; ours is a stream that knows where it stopped.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # A frozen encoder, and an average of weights.
+    warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
     # A run that is resumed or overwritten; the run folder has seen to that.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # Without held-out shards there is no validation, which the configuration says.

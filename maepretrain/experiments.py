@@ -1,16 +1,14 @@
-"""From a configuration to objects: the parsers of `pretrain` and `finetune`, and the way back from
-a run folder."""
+"""From a configuration to objects: the parsers of `pretrain` and `finetune`. The way back from a
+run folder is evaluate/encoders.py's."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 from torch import nn
 
 from maepretrain.arguments import allow_bare_flags, make_parser
-from maepretrain.checkpoints import read_weights
 from maepretrain.data.module import ShardData
 from maepretrain.distributed import is_rank_zero, quiet_lightning
 from maepretrain.models.mae import MaskedAutoencoder  # noqa: F401  a short class name for configs
@@ -85,50 +83,3 @@ def run_experiment(function: Any, parser: ArgumentParser, argv: list[str]) -> in
     ended = function(**arguments, config=resolved)
     # Lightning kills the process that started the others when one of them exits with an error.
     return 0 if ended or not is_rank_zero() else 130
-
-
-def _read_config(run: Path) -> Namespace:
-    """The configuration of a pretraining run, what follows from other parts of it filled in."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"{run} is no run folder: it holds no config.yaml")
-    try:
-        return pretrain_parser(ArgumentParser(exit_on_error=False)).parse_path(str(path))
-    except ArgumentError as error:
-        raise ValueError(f"{run} is no pretraining run: {error}") from error
-
-
-def read_model(run: Path) -> nn.Module:
-    """The model of a pretraining run with the weights of its last checkpoint.
-
-    Raises:
-        ValueError: a folder that holds no pretraining run, or one of another model.
-    """
-    model, path = fresh_model(run), run / "checkpoints" / "last.ckpt"
-    try:
-        model.load_state_dict(read_weights(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model of {run}/config.yaml: {error}") from error
-    return model
-
-
-def fresh_model(run: Path, seed: int | None = None) -> nn.Module:
-    """The model of a pretraining run at random initial values, by default its own.
-
-    Raises:
-        ValueError: a folder that holds no pretraining run.
-    """
-    config = _read_config(run)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--model", type=nn.Module)
-    torch.manual_seed(config.seed if seed is None else seed)
-    return parser.instantiate(parser.parse_object({"model": config.model})).model
-
-
-def read_run_data(run: Path, train: list[str] | None, val: list[str] | None) -> ShardData:
-    """The data of a pretraining run, from other shards where they are given."""
-    section = _read_config(run).data
-    section.train, section.val = train or section.train, val or section.val
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ShardData, "data")
-    return parser.instantiate(parser.parse_object({"data": section})).data

@@ -77,6 +77,9 @@ class Optimization:
             layers: the encoder's parameters from input to output.
             rest: all other parameters (decoder, head), at the full learning rate.
             undecayed: parameters without weight decay besides the vectors.
+
+        Raises:
+            ValueError: a layer decay that changes the learning rate of nothing that is trained.
         """
         # The last layer (the final norm) goes with the head, as in the official `lr_decay.py`.
         scales = [self.layer_decay ** (len(layers) - 1 - i) for i in range(len(layers))]
@@ -90,8 +93,34 @@ class Optimization:
                 chosen = [p for p in trained if (p.ndim > 1 and id(p) not in exempt) == decayed]
                 if chosen:
                     decay = self.weight_decay if decayed else 0.0
-                    groups.append({"params": chosen, "weight_decay": decay, "lr_scale": scale})
-        return groups if self.layer_decay != 1.0 else _merged(groups)
+                    group = {"params": chosen, "weight_decay": decay, "lr_scale": scale}
+                    # timm's LARS adapts only what is decayed unless told; the paper's probe decays
+                    # nothing, and would be plain SGD.
+                    lars = {"always_adapt": decayed} if self.optimizer == "lars" else {}
+                    groups.append(group | lars)
+        if self.layer_decay == 1.0:
+            return _merged(groups)
+        if all(group["lr_scale"] == 1.0 for group in groups):
+            raise ValueError(
+                f"layer_decay {self.layer_decay} changes nothing: no layer below the last is "
+                "trained; set optim.layer_decay to 1"
+            )
+        return groups
+
+    def check_strategy(self, strategy: str) -> None:
+        """Refuse what an optimizer cannot be run under.
+
+        Args:
+            strategy: name of the strategy's class.
+
+        Raises:
+            ValueError: LARS under ZeRO, whose flat partitions know no norm of a tensor.
+        """
+        if self.optimizer == "lars" and "deepspeed" in strategy.lower():
+            raise ValueError(
+                f"optimizer lars needs the norm of each tensor, which {strategy} does not keep: "
+                "take another strategy (ddp) or optimizer"
+            )
 
     def make(
         self, groups: list[Group], global_batch: int, fused: bool = True
@@ -120,19 +149,38 @@ class Optimization:
 
 def _merged(groups: list[Group]) -> list[Group]:
     """Groups of the same settings joined into one."""
-    joined: dict[tuple[float, float], Group] = {}
+    joined: dict[tuple[float, ...], Group] = {}
     for group in groups:
-        known = joined.setdefault(
-            (group["weight_decay"], group["lr_scale"]), group | {"params": []}
-        )
+        settings = tuple(value for name, value in group.items() if name != "params")
+        known = joined.setdefault(settings, group | {"params": []})
         known["params"] += group["params"]
     return list(joined.values())
 
 
+def check_groups(groups: list[Group], parameters: Iterable[nn.Parameter]) -> None:
+    """Every trained parameter is in one group, and no other.
+
+    Raises:
+        ValueError: groups and trained parameters that do not add up.
+    """
+    grouped = [id(p) for group in groups for p in group["params"]]
+    trained = {id(p) for p in parameters if p.requires_grad}
+    if len(grouped) != len(set(grouped)) or set(grouped) != trained:
+        raise ValueError(
+            f"parameter groups hold {len(grouped)} tensors ({len(set(grouped))} different ones), "
+            f"but {len(trained)} are trained: layers() and the frozen parameters do not add up"
+        )
+
+
 def describe(groups: list[Group], lr: float) -> list[str]:
-    """One line a group: how many tensors and numbers, weight decay, learning rate."""
-    return [
+    """One line a group: how many tensors and numbers, weight decay, learning rate; with a layer
+    decay also the first and the last layer's learning rate."""
+    lines = [
         f"{len(g['params'])} tensors, {sum(p.numel() for p in g['params']):,} numbers, "
         f"weight decay {g['weight_decay']}, lr {lr * g['lr_scale']:.3g}"
         for g in groups
     ]
+    rates = [lr * g["lr_scale"] for g in groups]
+    if len(set(rates)) > 1:
+        lines.append(f"lr of {len(set(rates))} layers from {min(rates):.3g} to {max(rates):.3g}")
+    return lines

@@ -1,10 +1,17 @@
 """Pictures, drawn with Matplotlib."""
 
 from pathlib import Path
+from typing import Literal
 
+import matplotlib
 import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 from torch import Tensor
 
 
@@ -25,10 +32,7 @@ def reconstruction_grid(rows: list[Tensor], names: list[str], path: Path) -> np.
     axes = figure.subplots(len(rows), n, squeeze=False)
     for row, name, line in zip(rows, names, axes, strict=True):
         for image, ax in zip(row, line, strict=True):
-            pixels = image.permute(1, 2, 0).numpy()
-            ax.imshow(
-                pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1
-            )
+            _show(ax, image)
             ax.set(xticks=[], yticks=[])
             for spine in ax.spines.values():
                 spine.set_visible(False)
@@ -36,3 +40,119 @@ def reconstruction_grid(rows: list[Tensor], names: list[str], path: Path) -> np.
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.print_png(path)
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+# Of more points t-SNE takes minutes, and a map shows no more.
+MAP_POINTS = 5000
+# Up to so many classes a cell of the confusion matrix has room for its number.
+NUMBERED_CLASSES = 20
+
+
+def confusion_matrix(
+    truth: Int64[Tensor, "n"], predicted: Int64[Tensor, "n"], classes: int, path: Path
+) -> Int64[Tensor, "classes classes"]:
+    """Draw which class (row) was taken for which (column), each row as shares of its class, and
+    save it as PNG.
+
+    Args:
+        truth: the right classes.
+        predicted: the predicted classes.
+        classes: how many there are.
+        path: where the PNG goes; its folder is made.
+
+    Returns:
+        The counts.
+    """
+    counts = (truth * classes + predicted).bincount(minlength=classes**2).view(classes, classes)
+    share = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    side = min(12.0, 2.5 + 0.35 * classes)
+    figure = Figure(figsize=(side, side), dpi=100, layout="constrained")
+    ax = figure.subplots()
+    ax.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
+    ax.set(xlabel="predicted", ylabel="truth", title=f"{len(truth):,} test images")
+    if classes <= NUMBERED_CLASSES:
+        ax.set(xticks=range(classes), yticks=range(classes))
+        for row, column in counts.nonzero().tolist():
+            colour = "white" if share[row, column] > 0.5 else "black"
+            number = str(int(counts[row, column]))
+            ax.text(column, row, number, ha="center", va="center", fontsize=7, color=colour)
+    _save(figure, path)
+    return counts
+
+
+def most_confused(
+    images: list[Tensor],
+    truth: list[int],
+    predicted: list[int],
+    confidence: list[float],
+    path: Path,
+) -> None:
+    """Draw images that were taken for another class with the most confidence, and save them as
+    PNG.
+
+    Args:
+        images: each (c, h, w) pixels in 0..1.
+        truth: their right classes.
+        predicted: what they were taken for.
+        confidence: the probability given to the prediction.
+        path: where the PNG goes; its folder is made.
+    """
+    columns = min(8, max(1, len(images)))
+    rows = max(1, -(-len(images) // columns))
+    figure = Figure(figsize=(1.4 * columns, 1.7 * rows), dpi=100, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax in axes:
+        ax.axis("off")
+    for ax, image, right, wrong, p in zip(axes, images, truth, predicted, confidence, strict=False):
+        _show(ax, image)
+        ax.set_title(f"{right} taken for {wrong}\n{p:.0%}", fontsize=8)
+    _save(figure, path)
+
+
+def embedding_map(
+    features: Float[Tensor, "n d"],
+    labels: Int64[Tensor, "n"],
+    path: Path,
+    method: Literal["pca", "tsne"] = "pca",
+) -> Float[Tensor, "m 2"]:
+    """Draw features as points of a plane, coloured by class, and save them as PNG.
+
+    Args:
+        features: at most MAP_POINTS of them are drawn, evenly spaced.
+        labels: their classes.
+        path: where the PNG goes; its folder is made.
+        method: "pca", the two directions of largest variance; "tsne" (van der Maaten and Hinton
+            2008), neighbours stay together and distances say nothing; scikit-learn's.
+
+    Returns:
+        The points that were drawn.
+    """
+    chosen = torch.linspace(0, len(features) - 1, min(MAP_POINTS, len(features))).long()
+    x, y = features[chosen].double().numpy(), labels[chosen]
+    if method == "pca":
+        points = PCA(2, random_state=0).fit_transform(x)
+    else:
+        perplexity = min(30.0, (len(x) - 1) / 3)
+        points = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(x)
+    figure = Figure(figsize=(7, 6), dpi=100, layout="constrained")
+    ax = figure.subplots()
+    classes = int(labels.max()) + 1
+    colours = matplotlib.colormaps["tab10" if classes <= 10 else "turbo"].resampled(classes)
+    drawn = ax.scatter(*points.T, c=y.numpy(), cmap=colours, s=6, vmin=-0.5, vmax=classes - 0.5)
+    figure.colorbar(drawn, ax=ax, label="class")
+    title = "PCA" if method == "pca" else "t-SNE"
+    ax.set(xticks=[], yticks=[], title=f"{title} of {len(x):,} test features")
+    _save(figure, path)
+    return torch.from_numpy(points).float()
+
+
+def _show(ax: Axes, image: Float[Tensor, "c h w"]) -> None:
+    """Gray, gray of a second channel's picture, or RGB; what lies beyond them is not shown."""
+    shown = image[:1] if len(image) < 3 else image[:3]
+    pixels = shown.permute(1, 2, 0).numpy()
+    ax.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(path)

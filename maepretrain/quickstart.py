@@ -5,6 +5,7 @@ Everything goes through the same functions as the verbs `shards write`, `pretrai
 """
 
 import csv
+import json
 import shlex
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from maepretrain.data.write import Arrays, write_shards
-from maepretrain.evaluate.table import probe
+from maepretrain.evaluate.probe import probe_command
 from maepretrain.experiments import pretrain_command
 
 
@@ -50,9 +51,11 @@ def quickstart(dst: Path = Path("quickstart"), epochs: int | None = None) -> int
     code = pretrain_command(command[1:])
     if code:
         return code
-    print()
-    results = probe(run, baselines=True)
-    gain = results["pretrained"]["probe"] - results["random encoder"]["probe"]
+    command = ["probe", "--encoder", str(run), "--baselines"]
+    print("\nmaepretrain " + shlex.join(command))
+    probe_command(command[1:])
+    probed = json.loads((run / "results.json").read_text())["probe"]["rows"]
+    gain = probed["pretrained"]["top1"] - probed["random encoder"]["top1"]
     rows = read_metrics(run)
     speed = [float(row["img_per_s"]) for row in rows if row.get("img_per_s")]
     losses = [float(row["val_loss"]) for row in rows if row.get("val_loss")]
@@ -62,16 +65,18 @@ def quickstart(dst: Path = Path("quickstart"), epochs: int | None = None) -> int
         f"in all;\nthe linear probe gains {100 * gain:.1f} points over the same encoder at random "
         "initialisation"
     )
-    picture = max((run / "pictures").glob("*.png"))
+    picture = max((run / "pictures").glob("step-*.png"))
     for what, path in (
         ("shards", shards),
         ("run folder", run),
         ("metrics", run / "metrics.csv"),
         ("checkpoint", run / "checkpoints/last.ckpt"),
         ("picture", picture),
+        ("figures", run / "results.json"),
+        ("confusion", run / "pictures/probe-confusion.png"),
     ):
         print(f"{what:<11} {path}")
-    print(f"next: maepretrain probe --encoder {run} --baselines --label_fraction 0.035")
+    print(f"next: maepretrain probe --encoder {run} --baselines --label_fraction 0.035 --seeds 5")
     return 0
 
 

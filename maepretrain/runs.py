@@ -25,7 +25,7 @@ from maepretrain.files import replacing
 # Seconds for which a lock is tried.
 LOCK_ATTEMPTS = 8
 NAMES = {
-    *("config.yaml", "metrics.csv", "hparams.yaml", "results.json", "probe.json", "faults.csv"),
+    *("config.yaml", "metrics.csv", "hparams.yaml", "results.json", "faults.csv"),
     *("checkpoints", "pictures"),
 }
 

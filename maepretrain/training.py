@@ -19,7 +19,7 @@ from maepretrain.callbacks import LastCheckpoint, Throughput, progress
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch
 from maepretrain.distributed import say
-from maepretrain.optim import Group, Optimization, describe
+from maepretrain.optim import Group, Optimization, check_groups, describe
 from maepretrain.runs import RunFolder, WholeCheckpointIO
 
 # What gloo and NCCL say where another process of the run has ended.
@@ -80,10 +80,12 @@ class Scheduled(L.LightningModule):
         return []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.optim.check_strategy(type(self.trainer.strategy).__name__)
         layers = self.parameter_layers()
         inside = {id(p) for layer in layers for p in layer}
         rest = [p for p in self.parameters() if id(p) not in inside]
         groups = self.optim.groups(layers, rest, self.undecayed_parameters())
+        check_groups(groups, self.parameters())
         self.fresh_groups = [{k: v for k, v in g.items() if k != "params"} for g in groups]
         say("optimizer     " + "\n              ".join(self._describe(groups)))
         # Lightning cannot clip under mixed precision when the optimizer is fused.

@@ -1,6 +1,7 @@
 """Weights in and out: the official layout from a table of its own, and files that must not run."""
 
 import argparse
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from maepretrain.checkpoints import load_official, official_model, official_weights, read_weights
+from maepretrain.checkpoints import (
+    from_hugging_face,
+    load_official,
+    official_model,
+    official_weights,
+    read_file,
+    read_weights,
+    to_hugging_face,
+)
 from maepretrain.models.mae import MaskedAutoencoder
 
 Layout = dict[str, tuple[int, ...]]
@@ -300,6 +309,57 @@ def test_a_checkpoint_of_lightning_gives_the_model(tmp_path: Path) -> None:
     weights = read_weights(tmp_path / "last.ckpt")
     assert equal(weights, training.model.state_dict())
     tiny(seed=1).load_state_dict(weights)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "_forward_module.model."])
+def test_what_deepspeed_consolidates_gives_the_model(prefix: str, tmp_path: Path) -> None:
+    """A plain state dict of Lightning's module, with what else the module holds."""
+    weights = filled(TINY)
+    named = {prefix + name: tensor for name, tensor in weights.items()}
+    head = prefix.removesuffix("model.") + "head.weight"
+    torch.save(named | {head: torch.ones(2, 2)}, tmp_path / "pytorch_model.bin")
+    assert equal(read_weights(tmp_path / "pytorch_model.bin"), weights)
+
+
+def test_a_file_tells_the_arguments_of_its_model(tmp_path: Path) -> None:
+    weights, arguments = filled(TINY), {"encoder_width": 24, "norm_pix": False}
+    torch.save({"model": weights, "maepretrain": arguments}, tmp_path / "a.pth")
+    save_file(weights, tmp_path / "a.safetensors", {"maepretrain": json.dumps(arguments)})
+    for name in ("a.pth", "a.safetensors"):
+        read, told = read_file(tmp_path / name)
+        assert equal(read, weights) and told == arguments
+    save_file(weights, tmp_path / "a.safetensors")
+    assert read_file(tmp_path / "a.safetensors")[1] is None
+    save_file(weights, tmp_path / "a.safetensors", {"maepretrain": "{encoder"})
+    with pytest.raises(ValueError, match=r"a\.safetensors: no safetensors file"):
+        read_file(tmp_path / "a.safetensors")
+
+
+# Hugging Face's layout; test_export and test_encoders compare with transformers itself
+
+
+def test_hugging_faces_names_and_back_keep_every_bit() -> None:
+    weights = filled(TINY)
+    theirs = to_hugging_face(weights)
+    assert len(theirs) == len(weights) + 4 * 3  # q, k and v apart in three blocks
+    assert equal(from_hugging_face(theirs), weights)
+    encoder = {k.removeprefix("vit."): v for k, v in theirs.items() if k.startswith("vit.")}
+    assert equal(from_hugging_face(encoder), filled_part(weights))
+    width = 24
+    for third, part in enumerate(("query", "key", "value")):
+        name = f"vit.encoder.layer.1.attention.attention.{part}.weight"
+        rows = weights["blocks.1.attn.qkv.weight"][third * width : (third + 1) * width]
+        assert torch.equal(theirs[name], rows)
+
+
+def filled_part(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in weights.items() if not k.startswith(("decoder", "mask_token"))}
+
+
+@pytest.mark.parametrize("name", ["reg_token", "blocks.0.ls1.gamma", "norm_pre.weight", "head"])
+def test_what_hugging_face_does_not_have_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"Hugging Face's ViTMAE has no {name}"):
+        to_hugging_face({**filled(TINY), name: torch.ones(24)})
 
 
 class Trap:

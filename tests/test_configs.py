@@ -12,11 +12,16 @@ from maepretrain.evaluate.finetune import finetune_parser
 from maepretrain.experiments import pretrain_parser
 from maepretrain.training import in_steps
 
+SIZES = ("base", "large", "huge")
 OVERLAYS = {
     "mae/fast": "mae/vit_base",
     "mae/epochs_1600": "mae/vit_large",
     "eval/few_labels": "eval/finetune_fashion_mnist",
     "eval/from_scratch": "eval/finetune_fashion_mnist",
+    "eval/attentive_probe": "eval/linear_probe",
+    "eval/partial": "eval/finetune_vit_large",
+    **{f"eval/official_{size}": f"eval/finetune_vit_{size}" for size in SIZES},
+    **{f"eval/scratch_vit_{size}": f"eval/finetune_vit_{size}" for size in SIZES},
 }
 
 
@@ -27,7 +32,7 @@ def parse(name: str) -> Any:
         paths = ["--run", "r", "--data.train", "t"]
     else:
         finetune_parser(parser)
-        paths = ["--run", "r", "--encoder", "e"]
+        paths = ["--run", "r", "--encoder", "e", "--data.train", "t"]
     parser.add_argument("-c", action="config")
     files = [OVERLAYS[name], name] if name in OVERLAYS else [name]
     return parser.parse_args([a for f in files for a in ("-c", str(find_config(f)))] + paths)
@@ -65,6 +70,63 @@ def test_the_papers_recipe(size: str) -> None:
     assert (model.mask_ratio, model.norm_pix, config.trainer.max_epochs) == (0.75, True, 800)
     assert (model.decoder_width, model.decoder_depth, model.decoder_heads) == (512, 8, 16)
     assert optim.base_lr * data.global_batch / 256 == pytest.approx(2.4e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "drop_path", "epochs"), [("base", 0.1, 100), ("large", 0.1, 50), ("huge", 0.2, 50)]
+)
+def test_the_papers_fine_tuning(size: str, drop_path: float, epochs: int) -> None:
+    """arXiv 2111.06377, table 9."""
+    config = parse(f"eval/finetune_vit_{size}")
+    optim, augment = config.optim, config.augment
+    assert (optim.optimizer, optim.base_lr, optim.weight_decay) == ("adamw", 1e-3, 0.05)
+    assert (tuple(optim.betas), optim.layer_decay) == ((0.9, 0.999), 0.75)
+    assert (optim.warmup_epochs, config.trainer.max_epochs) == (5, epochs)
+    assert (config.data.global_batch, config.drop_path) == (1024, drop_path)
+    assert (augment.mixup, augment.cutmix, augment.erasing) == (0.8, 1.0, 0.0)
+    assert (augment.randaugment, config.label_smoothing) == ("rand-m9-mstd0.5-inc1", 0.1)
+    assert (config.head, config.trained_blocks, config.scratch) == ("fc_norm", -1, False)
+
+
+@pytest.mark.parametrize(
+    ("size", "lr", "decay", "drop_path", "epochs"),
+    [("base", 5e-4, 0.65, 0.1, 100), ("large", 1e-3, 0.75, 0.2, 50), ("huge", 1e-3, 0.75, 0.3, 50)],
+)
+def test_the_official_fine_tuning(
+    size: str, lr: float, decay: float, drop_path: float, epochs: int
+) -> None:
+    """facebookresearch/mae, FINETUNE.md."""
+    config = parse(f"eval/official_{size}")
+    assert (config.optim.base_lr, config.optim.layer_decay, config.drop_path) == (
+        lr,
+        decay,
+        drop_path,
+    )
+    assert (config.augment.erasing, config.augment.mixup, config.augment.cutmix) == (0.25, 0.8, 1.0)
+    assert (config.trainer.max_epochs, config.data.global_batch) == (epochs, 1024)
+
+
+@pytest.mark.parametrize(
+    ("size", "drop_path", "epochs"), [("base", 0.1, 300), ("large", 0.2, 200), ("huge", 0.2, 200)]
+)
+def test_the_papers_training_from_scratch(size: str, drop_path: float, epochs: int) -> None:
+    """arXiv 2111.06377, table 11."""
+    config = parse(f"eval/scratch_vit_{size}")
+    optim = config.optim
+    assert (optim.base_lr, optim.weight_decay, tuple(optim.betas)) == (1e-4, 0.3, (0.9, 0.95))
+    assert (optim.layer_decay, optim.warmup_epochs, config.trainer.max_epochs) == (1, 20, epochs)
+    assert (config.data.global_batch, config.drop_path, config.ema) == (4096, drop_path, 0.9999)
+    assert (config.scratch, config.augment.mixup, config.label_smoothing) == (True, 0.8, 0.1)
+
+
+def test_the_papers_linear_probe() -> None:
+    """arXiv 2111.06377, table 10."""
+    config = parse("eval/linear_probe")
+    optim = config.optim
+    assert (optim.optimizer, optim.base_lr, optim.weight_decay) == ("lars", 0.1, 0.0)
+    assert (optim.momentum, optim.warmup_epochs, config.trainer.max_epochs) == (0.9, 10, 90)
+    assert (config.data.global_batch, config.trained_blocks) == (16384, 0)
+    assert (config.head, config.augment.randaugment, config.augment.mixup) == ("batchnorm", None, 0)
 
 
 def test_overlays_change_only_what_they_say() -> None:

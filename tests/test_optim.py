@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from maepretrain.optim import Optimization, describe
+from maepretrain.optim import Optimization, check_groups, describe
 
 
 def test_learning_rate_scales_with_the_global_batch() -> None:
@@ -81,3 +81,89 @@ def test_a_resumed_optimizer_takes_the_configured_values() -> None:
     new.refresh(after, new.groups([], [parameter]))
     assert after.param_groups[0]["weight_decay"] == 0.2
     assert after.param_groups[0]["betas"] == (0.8, 0.9)
+
+
+def test_learning_rate_and_numbers_of_each_layer_by_hand() -> None:
+    """As facebookresearch/mae's `lr_decay.py`: decay^(depth + 1) for the embedding, 1 for norm and
+    head."""
+    sizes = (3, 4, 5, 2)  # embedding, two blocks, norm
+    layers = [[nn.Parameter(torch.ones(n, n)), nn.Parameter(torch.ones(n))] for n in sizes]
+    head = nn.Parameter(torch.ones(10, 2))
+    optim = Optimization(base_lr=1.0, layer_decay=0.75, weight_decay=0.05)
+    groups = optim.groups(layers, [head])
+    found = [
+        (g["lr_scale"], g["weight_decay"], sum(p.numel() for p in g["params"])) for g in groups
+    ]
+    assert found == [
+        *((0.75**3, 0.05, 9), (0.75**3, 0.0, 3)),
+        *((0.75**2, 0.05, 16), (0.75**2, 0.0, 4)),
+        *((0.75, 0.05, 25), (0.75, 0.0, 5)),
+        *((1.0, 0.05, 4), (1.0, 0.0, 2)),
+        (1.0, 0.05, 20),
+    ]
+    lines = describe(groups, optim.lr(256))
+    assert lines[0] == "1 tensors, 9 numbers, weight decay 0.05, lr 0.422"
+    assert lines[-1] == "lr of 4 layers from 0.422 to 1"
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_a_layer_decay_that_changes_nothing_is_refused(frozen: int) -> None:
+    layers = [[nn.Parameter(torch.ones(2, 2), requires_grad=i >= frozen)] for i in range(2)]
+    optim, head = Optimization(layer_decay=0.5), nn.Parameter(torch.ones(2))
+    if frozen:
+        with pytest.raises(ValueError, match=r"layer_decay 0.5 changes nothing"):
+            optim.groups(layers, [head])
+    else:
+        assert len(optim.groups(layers, [head])) == 3
+    with pytest.raises(ValueError, match=r"layer_decay 0.5 changes nothing"):
+        optim.groups([], [head])
+
+
+def test_groups_and_trained_parameters_add_up() -> None:
+    one, two = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    groups = Optimization().groups([[one]], [two])
+    check_groups(groups, [one, two])
+    check_groups(groups, [one, two, nn.Parameter(torch.ones(1), requires_grad=False)])
+    for wrong in ([one], [one, two, nn.Parameter(torch.ones(1))]):
+        with pytest.raises(ValueError, match="do not add up"):
+            check_groups(groups, wrong)
+    with pytest.raises(ValueError, match="do not add up"):
+        check_groups(Optimization().groups([[one], [one]], [two]), [one, two])
+
+
+def official_lars(
+    parameters: list[torch.Tensor], gradients: list[torch.Tensor], lr: float, steps: int
+) -> list[torch.Tensor]:
+    """facebookresearch/mae's `lars.py` without weight decay: matrices by their trust ratio, vectors
+    by plain momentum."""
+    moved = [p.clone() for p in parameters]
+    momenta = [torch.zeros_like(p) for p in parameters]
+    for _ in range(steps):
+        for p, g, m in zip(moved, gradients, momenta, strict=True):
+            update = g * (0.001 * p.norm() / g.norm()) if p.ndim > 1 else g
+            m.mul_(0.9).add_(update)
+            p.sub_(lr * m)
+    return moved
+
+
+def test_lars_without_weight_decay_adapts_matrices_as_the_official_code() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(4, 3, generator=generator), torch.randn(4, generator=generator)]
+    gradients = [torch.randn(p.shape, generator=generator) for p in start]
+    optim = Optimization("lars", base_lr=0.1, weight_decay=0.0, momentum=0.9)
+    parameters = [nn.Parameter(p.clone()) for p in start]
+    optimizer = optim.make(optim.groups([], parameters), global_batch=256)
+    for _ in range(3):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    expected = official_lars(start, gradients, lr=0.1, steps=3)
+    for ours, theirs in zip(parameters, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_lars_under_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="lars needs the norm of each tensor"):
+        Optimization("lars").check_strategy("DeepSpeedStrategy")
+    Optimization("lars").check_strategy("DDPStrategy")
+    Optimization("adamw").check_strategy("DeepSpeedStrategy")

@@ -273,14 +273,3 @@ def test_two_processes_equal_one(tmp_path: Path, shards: Path, pretrain_tiny: Ru
     cut_back(tmp_path / "two", 5)
     assert pretrain_tiny(tmp_path / "two", *length, "--resume") == 0
     assert_close_weights(tmp_path / "one", tmp_path / "two")
-
-
-def test_the_run_folder_gives_back_what_was_configured(tmp_path: Path, pretrain_tiny: Run) -> None:
-    """`scale: null` is not the default: a config without its nulls would bring that back."""
-    from maepretrain.experiments import read_model, read_run_data
-
-    assert pretrain_tiny(tmp_path / "run", "--trainer.max_steps", 2) == 0
-    data = read_run_data(tmp_path / "run", None, None)
-    assert (data.augment.scale, data.centre_crop.share, data.global_batch) == (None, 1.0, 24)
-    for name, value in read_model(tmp_path / "run").state_dict().items():
-        assert torch.equal(value, weights(tmp_path / "run")[f"model.{name}"])

@@ -16,7 +16,7 @@ import fsspec
 import torch
 from braceexpand import braceexpand
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from maepretrain.data.faults import DAMAGED_SHARD, Fault, FaultList, ShardError, Unreadable
 from maepretrain.data.samples import Batch, Pixels
@@ -113,7 +113,7 @@ class PlainStream(IterableDataset[Batch]):
             inputs += [self.pixels.cut_out(decoded, u) for u in numbers[i : i + self.crops]]
             labels += [label] * self.crops
         return {
-            "input": torch.stack(inputs),
+            "input": default_collate(inputs),  # in a loader process, straight to shared memory
             "position": position,
             "label": torch.tensor(labels),
             "fault": torch.zeros(len(position), 2, dtype=torch.int64),

@@ -7,7 +7,7 @@ from operator import itemgetter
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from maepretrain.data.faults import (
     CORRUPT_INPUT,
@@ -251,7 +251,7 @@ class Samples(Dataset[Batch]):
                 labels.append(label)
                 faults.append(fault)
         return {
-            "input": torch.stack(inputs),
+            "input": default_collate(inputs),  # in a loader process, straight to shared memory
             "position": position,
             "label": torch.tensor(labels),
             "fault": torch.tensor(faults),

@@ -1,128 +1,59 @@
-"""Fine-tuning: a linear classifier on the mean patch feature, trained together with the encoder (He
-et al. 2021, section 4)."""
+"""`maepretrain finetune`: supervised training on labels. Linear probe, attentive probe, partial and
+full fine-tuning and training from scratch differ in their head and in what of the encoder is
+trained."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from maepretrain.arguments import make_parser
-from maepretrain.callbacks import LastCheckpoint
+from maepretrain.arguments import allow_bare_flags, make_parser
+from maepretrain.callbacks import LastCheckpoint, Throughput
+from maepretrain.data.augment import Augmentation
 from maepretrain.data.module import ShardData
-from maepretrain.data.samples import Batch, ShardIndex
 from maepretrain.distributed import say
-from maepretrain.experiments import add_experiment, fresh_model, read_model, run_experiment
-from maepretrain.files import replacing
+from maepretrain.evaluate.classifier import Classifier, Head, Kind, Pool
+from maepretrain.evaluate.encoders import fresh_encoder, load_encoder
+from maepretrain.evaluate.frozen import CONFUSED, shown
+from maepretrain.evaluate.labels import choose_labels, count_classes
+from maepretrain.evaluate.results import print_table, spread, write_results
+from maepretrain.evaluate.targets import Targets, Task
+from maepretrain.experiments import add_experiment, run_experiment
 from maepretrain.optim import Optimization
-from maepretrain.randomness import permutation
+from maepretrain.plots import confusion_matrix, most_confused
 from maepretrain.runs import RunFolder
-from maepretrain.training import Scheduled, fit, in_steps, set_threads
+from maepretrain.training import fit, in_steps, set_threads
 
-
-class Classifier(Scheduled):
-    """An encoder and a linear head, trained with cross-entropy.
-
-    Args:
-        model: has `encode(images) -> (b, d)` and `layers()`; what is in no layer (a decoder) is
-            frozen and unused.
-        classes: outputs of the head.
-        optim: optimizer and schedule.
-        data: its normalisation and epoch length are used.
-        steps: optimizer steps of the run.
-        label_smoothing: share of the target spread over all classes.
-        seed: seed of dropout and its like.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        classes: int,
-        optim: Optimization,
-        data: ShardData,
-        steps: int,
-        label_smoothing: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(optim, data, steps, seed)
-        if not hasattr(model, "layers"):
-            raise ValueError(f"{type(model).__name__} has no layers(): it cannot be fine-tuned")
-        self.model, self.label_smoothing = model, label_smoothing
-        inside = {id(p) for p in self._encoder_parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in inside)
-        with torch.no_grad():
-            features = cast(Any, model).encode(torch.zeros(1, *data.shape))
-        self.head = nn.Linear(features.shape[1], classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # the official code's
-        nn.init.zeros_(self.head.bias)
-
-    def _encoder_parameters(self) -> list[nn.Parameter]:
-        return [p for layer in self.parameter_layers() for p in layer]
-
-    def parameter_layers(self) -> list[list[nn.Parameter]]:
-        return cast(Any, self.model).layers()
-
-    def undecayed_parameters(self) -> list[nn.Parameter]:
-        """Tokens and positions, as in the official fine-tuning (its pretraining decays them)."""
-        ends = ("cls_token", "reg_token", "pos_embed")
-        return [p for name, p in self.named_parameters() if name.endswith(ends)]
-
-    def _logits(self, batch: Batch) -> Tensor:
-        return self.head(cast(Any, self.model).encode(self.normalise(batch["input"])))
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = F.cross_entropy(
-            self._logits(batch), batch["label"], label_smoothing=self.label_smoothing
-        )
-        self.log("loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        logits, label = self._logits(batch), batch["label"]
-        values = {
-            "val_loss": F.cross_entropy(logits, label),
-            "val_accuracy": (logits.argmax(1) == label).float().mean(),
-        }
-        self.log_dict(values, batch_size=len(label), sync_dist=True, prog_bar=True)
-
-
-def choose_fraction(labels: Int64[Tensor, "n"], fraction: float, seed: int) -> Int64[Tensor, "m"]:
-    """Numbers of a class-balanced, seeded share of the samples: the same share of every class, at
-    least one.
-
-    Raises:
-        ValueError: a fraction outside (0, 1].
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"label_fraction {fraction} must be in (0, 1]")
-    chosen = []
-    for label in labels[labels >= 0].unique().tolist():
-        numbers = (labels == label).nonzero().flatten()
-        order = permutation(seed, "labels", len(numbers), label)
-        chosen.append(numbers[order[: max(1, round(fraction * len(numbers)))]])
-    return torch.cat(chosen).sort().values
-
-
-def _count_classes(train: ShardIndex, held_out: ShardIndex | None) -> int:
-    indexes = [index for index in (train, held_out) if index is not None]
-    return max(int(index.require_labels("fine-tuning").max()) for index in indexes) + 1
+FIGURES = ("top1", "top5", "mean_per_class", "mAP", "r2", "n", "minutes", "img_per_s")
 
 
 def finetune(
-    encoder: Path,
+    encoder: str,
     data: ShardData,
     optim: Optimization,
+    augment: Augmentation,
     trainer: dict[str, Any],
     run: Path,
     scratch: bool = False,
+    trained_blocks: int = -1,
+    head: Kind = "linear",
+    pool: Pool = "mean",
+    heads: int = 8,
+    drop_path: float = 0.0,
+    ema: float = 0.0,
+    classes: int | None = None,
+    task: Task = "classes",
+    targets: Path | None = None,
     label_fraction: float = 1.0,
+    labels_per_class: int | None = None,
     label_smoothing: float = 0.0,
     seed: int = 0,
+    seeds: int = 1,
     resume: bool = False,
     allow_reorder: bool = False,
     overwrite: bool = False,
@@ -130,20 +61,33 @@ def finetune(
     threads: int | None = None,
     config: str = "",
 ) -> bool:
-    """Train a pretrained encoder and a classifier on labels; the figures go to results.json in the
-    run folder.
+    """Train a classifier on an encoder, frozen or trained with it, on labels; the figures go to
+    results.json in the run folder.
 
     Args:
-        encoder: run folder of a pretraining.
-        data: labelled shards; `val` is the test set, looked at after training and never for
-            choosing.
+        encoder: run folder of a pretraining, a file of weights, or timm:NAME.
+        data: labelled shards; `val` is the test set, never used for choosing.
         optim: optimizer, schedule, layer decay.
+        augment: RandAugment, erasing, mixup, cutmix.
         trainer: arguments of Lightning's Trainer.
         run: the run folder.
         scratch: start the same architecture from random initial values.
+        trained_blocks: the encoder's last blocks to train; 0 freezes it (a probe), -1 trains all.
+        head: linear (on pooled features), fc_norm (the official fine-tuning's), batchnorm (the
+            paper's linear probe) or attentive (a learned query over the patch tokens).
+        pool: mean of the patch tokens or cls, for the heads linear and batchnorm.
+        heads: attention heads of the attentive head.
+        drop_path: stochastic depth in the last block, growing linearly from 0 in the first.
+        ema: decay of an average of the weights, which is evaluated then; 0 for none.
+        classes: number of classes (or values); default as the training labels tell.
+        task: classes, multilabel (several of them at once) or regression.
+        targets: CSV for multilabel and regression, a sample a line: its key, then its class numbers
+            or its values.
         label_fraction: class-balanced share of the training labels to use.
+        labels_per_class: so many training labels of each class.
         label_smoothing: share of the target spread over all classes.
-        seed: seed of initial values and of the chosen labels.
+        seed: seed of initial values, of the chosen labels, of order and augmentation.
+        seeds: runs with seed, seed + 1, ... in RUN/seed-N; RUN/results.json has mean and spread.
         resume: go on from the run folder's last checkpoint.
         allow_reorder: resume although other settings change the order of samples.
         overwrite: delete the run that the folder holds.
@@ -155,49 +99,160 @@ def finetune(
         True when the run came to its end, False when it was stopped on the way.
 
     Raises:
-        ValueError: no labels, a fraction outside (0, 1], a run folder that holds another run.
+        ValueError: labels that are missing, out of range or too few; an encoder, head and recipe
+            that do not go together; a run folder that holds another run.
     """
     set_threads(threads)
-    classes = _count_classes(data.index, data.val_index)
-    data.labelled, data.allow_reorder = True, allow_reorder
-    if label_fraction != 1:
-        data.choose(choose_fraction(data.index.labels(), label_fraction, seed))
+    table = _use_targets(data, task, targets, classes)
+    if table is not None and (label_fraction != 1 or labels_per_class is not None):
+        raise ValueError(f"a share of the labels is taken by class, and {task} has none")
+    fraction = (label_fraction, labels_per_class)
+    count = table.outputs if table else _use_labels(data, classes, *fraction, seed)
+    data.labelled, data.allow_reorder = table is None, allow_reorder
+    augment.apply(data)
     arguments = in_steps(trainer, data.order.steps_per_epoch)
-    model = fresh_model(encoder, seed) if scratch else read_model(encoder)
-    if hasattr(model, "train_positions"):
+    model = fresh_encoder(encoder, data, seed) if scratch else load_encoder(encoder, data)
+    if trained_blocks == -1 and hasattr(model, "train_positions"):
         cast(Any, model).train_positions()
     torch.manual_seed(seed)
-    module = Classifier(model, classes, optim, data, arguments["max_steps"], label_smoothing, seed)
+    classifier = Head(_width(model, data), count, head, pool, heads)
+    recipe = (augment, trained_blocks, drop_path, ema, label_smoothing, seed, table)
+    module = Classifier(model, classifier, optim, data, arguments["max_steps"], *recipe)
     with RunFolder(run, resume, overwrite, config) as folder:
-        say(
-            f"classifier    {classes} classes, {len(data.index):,} labelled images, "
-            + ("from scratch" if scratch else f"encoder of {encoder}")
-        )
-        last = LastCheckpoint(folder, checkpoint_every_steps)
+        origin = f"architecture of {encoder}, from scratch" if scratch else f"encoder {encoder}"
+        what = f"{count} classes" if table is None else f"{task} of {count}"
+        say(f"classifier    {what}, {len(data.index):,} labelled images, {origin}")
+        began, last = time.perf_counter(), LastCheckpoint(folder, checkpoint_every_steps)
         ended, engine = fit(module, data, arguments, folder, [], last)
+        minutes = (time.perf_counter() - began) / 60
         if ended and data.val_index is not None:
             # Of the final weights, whenever the last validation was.
-            (final,) = engine.validate(module, data, verbose=False)
-            _report(run, final["val_accuracy"], len(data.index), scratch)
+            engine.validate(module, data, verbose=False)
+            about = {"encoder": encoder, "scratch": scratch, "seed": seed, "minutes": minutes}
+            _report(run, module, data, engine, about)
     return ended
 
 
+def _use_targets(
+    data: ShardData, task: Task, path: Path | None, outputs: int | None
+) -> Targets | None:
+    """The table of a task that is not one class for each image; the samples point into it."""
+    if (task == "classes") != (path is None):
+        raise ValueError(f"task {task} and targets {path} do not go together")
+    if path is None:
+        return None
+    table = Targets(path, task, outputs)
+    if data.plain is not None:
+        raise ValueError("targets need samples with an index (not exact: false)")
+    data.index = table.of(data.index)
+    if data.val_index is not None:
+        data.val_index = table.of(data.val_index)
+    table.standardise(data.index)
+    return table
+
+
+def _use_labels(
+    data: ShardData, classes: int | None, fraction: float, per_class: int | None, seed: int
+) -> int:
+    """Keep the labelled samples to train on; the number of classes."""
+    labels = data.index.require_labels("fine-tuning")
+    held_out = [data.val_index.require_labels("fine-tuning")] if data.val_index is not None else []
+    count = count_classes(labels, *held_out, classes=classes)
+    if fraction != 1 or per_class is not None:
+        data.choose(choose_labels(labels, fraction, per_class, seed))
+    return count
+
+
+@torch.no_grad()
+def _width(model: nn.Module, data: ShardData) -> int:
+    return cast(Any, model).eval().encode(torch.zeros(1, *data.shape)).shape[1]
+
+
 @rank_zero_only
-def _report(run: Path, accuracy: float, labels: int, scratch: bool) -> None:
-    path = run / "results.json"
-    result = {"accuracy": accuracy, "labels": labels, "scratch": scratch}
-    with replacing(path) as file:
-        file.write(json.dumps(result, indent=1).encode() + b"\n")
-    say(f"accuracy on held-out images: {accuracy:.4f}  ({path})")
+def _report(
+    run: Path, module: Classifier, data: ShardData, engine: Any, about: dict[str, Any]
+) -> None:
+    """results.json, and the table for people."""
+    trained = sum(p.requires_grad for p in module.model.parameters())
+    speed = next(c for c in engine.callbacks if isinstance(c, Throughput)).img_per_s
+    epochs = module.steps / module.steps_per_epoch
+    recipe = f"{module.head.kind} head, {trained} encoder tensors trained, {epochs:.4g} epochs"
+    if module.ema is not None:
+        recipe += f", averaged weights ({module.ema.decay})"
+    result = module.scores | about
+    result |= {"labels": len(data.index), "recipe": recipe, "img_per_s": speed}
+    path = write_results(run, "finetune", result)
+    if module.targets is None:
+        draw(run / "pictures", data, module.logits_of_all, module.truth_of_all)
+    print_table({str(about["encoder"]): {k: v for k, v in result.items() if k in FIGURES}})
+    name, figure = next(iter(module.scores.items()))
+    name = "accuracy" if name == "top1" else name
+    say(f"{name} on held-out images: {figure:.4f}  ({path})")
+
+
+def draw(
+    pictures: Path, data: ShardData, logits: Float[Tensor, "n k"], truth: Int64[Tensor, "n"]
+) -> None:
+    """Confusion matrix and most confused images of the held-out samples, as PNG.
+
+    Args:
+        pictures: the folder.
+        data: has the images.
+        logits: of all held-out samples in order.
+        truth: their classes.
+    """
+    predicted, confidence = logits.argmax(1), logits.softmax(1).amax(1)
+    confusion_matrix(truth, predicted, logits.shape[1], pictures / "finetune-confusion.png")
+    wrong = (predicted != truth).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True)][:CONFUSED]
+    if len(wrong) and len(data.shape) == 3 and data.val_index is not None:
+        read = data.evaluation(data.val_index).__getitems__(wrong.tolist())["input"]
+        right, taken, sure = (v[wrong].tolist() for v in (truth, predicted, confidence))
+        path = pictures / "finetune-most-confused.png"
+        most_confused(list(shown(read)), right, taken, sure, path)
 
 
 def finetune_parser(parser: Any) -> Any:
     """`finetune`: options from its signature, sections shared with `pretrain`."""
-    parser.add_function_arguments(finetune, skip={"data", "optim", "trainer", "config"})
+    sections: set[str | int] = {"data", "optim", "augment", "trainer", "config"}
+    parser.add_function_arguments(finetune, skip=sections)
+    parser.add_class_arguments(Augmentation, "augment")
     add_experiment(parser)
     return parser
 
 
 def finetune_command(argv: list[str]) -> int:
     """The verb `finetune`; 0 when it came to its end, 130 when it was stopped."""
-    return run_experiment(finetune, finetune_parser(make_parser("finetune")), argv)
+    parser = finetune_parser(make_parser("finetune"))
+    allow_bare_flags(parser)
+    asked = parser.parse_args(argv)
+    if asked.seeds < 1:
+        raise ValueError(f"seeds {asked.seeds} must be at least 1")
+    if asked.seeds == 1:
+        return run_experiment(finetune, parser, argv)
+    results = []
+    for seed in range(asked.seed, asked.seed + asked.seeds):
+        run = Path(asked.run) / f"seed-{seed}"
+        one = [*argv, "--seeds", "1", "--seed", str(seed), "--run", str(run)]
+        path = run / "results.json"
+        done = asked.resume and path.exists()
+        fresh = finetune_parser(make_parser("finetune"))
+        if not done and (code := run_experiment(finetune, fresh, one)):
+            return code
+        if path.exists():
+            results.append(json.loads(path.read_text())["finetune"])
+    _summarise(Path(asked.run), results)
+    return 0
+
+
+@rank_zero_only
+def _summarise(run: Path, results: list[dict[str, Any]]) -> None:
+    """Mean and spread over the seeds, in results.json of the folder above the runs."""
+    if not results:
+        return
+    figures = [{k: v for k, v in one.items() if k in FIGURES} for one in results]
+    result = spread(figures) | {"seeds": len(results), "recipe": results[0]["recipe"]}
+    result |= {"labels": results[0]["labels"], "encoder": results[0]["encoder"]}
+    path = write_results(run, "finetune", result)
+    print_table({str(result["encoder"]): {k: v for k, v in result.items() if k != "recipe"}})
+    say(f"mean and spread over {len(results)} seeds: {path}")

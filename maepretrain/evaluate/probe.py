@@ -1,67 +1,198 @@
-"""Linear probe of frozen features: multinomial logistic regression on standardised features
-(scikit-learn's)."""
+"""The verb `probe`: linear classifiers on frozen features, many at once, and k-NN beside them.
 
-import warnings
+Settings are chosen on the training set, and the test set is looked at once.
+"""
 
-import numpy as np
-from jaxtyping import Float, Int64
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64
 from torch import Tensor
 
-STRENGTHS = (0.003, 0.03, 0.3, 3.0)
-# The penalty is chosen on at most this many samples, a fifth of them held out.
-CHOOSE_ON = 10_000
+from maepretrain.arguments import make_parser, parse
+from maepretrain.data.module import ShardData
+from maepretrain.distributed import say
+from maepretrain.evaluate.encoders import evaluation_parser
+from maepretrain.evaluate.features import FeatureFiles, Processes
+from maepretrain.evaluate.frozen import Frozen, LabelledSets, Outcome, Rows
+from maepretrain.evaluate.heads import Head, LinearSweep, predictions, ranked
+from maepretrain.evaluate.knn import vote_on_test
+from maepretrain.evaluate.labels import split_for_choosing
+from maepretrain.evaluate.neighbours import NeighbourSweep
+from maepretrain.evaluate.results import scores, spread
+from maepretrain.evaluate.views import Pool
 
 
-def linear_probe(
-    train: Float[Tensor, "n d"],
-    labels: Int64[Tensor, "n"],
-    test: Float[Tensor, "t d"],
-    truth: Int64[Tensor, "t"],
-    strength: float | None = None,
-    max_iterations: int = 1000,
-) -> float:
-    """Accuracy on the test set of a linear classifier fitted on the training set.
+def probe(
+    encoder: str,
+    data: ShardData,
+    sweep: LinearSweep,
+    neighbours: NeighbourSweep,
+    out: Path | None = None,
+    blocks: list[int] | None = None,
+    pools: tuple[Pool, ...] = ("mean", "cls", "last4"),
+    baselines: bool = False,
+    label_fraction: float = 1.0,
+    labels_per_class: int | None = None,
+    seeds: int = 1,
+    seed: int = 0,
+    tsne: bool = False,
+    batch: int = 256,
+    cache: Path | None = None,
+) -> Rows:
+    """Linear probe and k-NN of frozen features: heads for every view of the features and learning
+    rate are trained at once, the best is chosen on a part of the training set, trained again on all
+    of it and tested once. Figures go to OUT/results.json, pictures to OUT/pictures.
 
     Args:
-        train: features to fit on; they give mean and standard deviation too.
-        labels: their classes.
-        test: held-out features, used once.
-        truth: their classes.
-        strength: scikit-learn's C; None picks one of STRENGTHS on a held-out fifth of the
-            *training* set.
-        max_iterations: of L-BFGS.
+        encoder: a run folder, a file of weights, or timm:NAME.
+        data: labelled shards; `val` is the test set. Default those of the run.
+        sweep: how heads are trained and chosen.
+        neighbours: what k-NN tries.
+        out: folder of the results. Default the run folder.
+        blocks: whose outputs are views, 0 the first, -1 the last. Default all.
+        pools: of the blocks: mean of the patches, class token, and the mean of the last four
+            blocks side by side. The encoder's own output is always a view.
+        baselines: also the same encoder at random initial values, raw pixels and PCA.
+        label_fraction: class-balanced share of the training labels to use.
+        labels_per_class: as many training labels of every class.
+        seeds: repetitions, each with its own labels, validation split and order of mini-batches.
+        seed: the first of them.
+        tsne: also draw a t-SNE map of at most 5,000 test features.
+        batch: images of one forward pass.
+        cache: folder for the features while this runs, on a disk that all processes see. Default
+            the folder of the results.
+
+    Returns:
+        Figures of each row of the table.
 
     Raises:
-        ValueError: only one class to tell apart.
+        ValueError: no encoder, no labels, no test shards, no folder for the results, a
+            batch larger than the set.
     """
-    if len(labels.unique()) < 2:
-        raise ValueError(f"a probe needs two classes or more; all labels are {int(labels[0])}")
-    mean, std = train.mean(0), train.std(0)
-    # A feature that is constant but for rounding must not be blown up to noise.
-    std = std.clamp_min(1e-3 * float(std.max()) + 1e-12)
-    x, y = ((train - mean) / std).numpy(), labels.numpy()
-    if strength is None:
-        strength = _choose(x, y, max_iterations)
-    model = _fit(x, y, strength, max_iterations)
-    return float(model.score(((test - mean) / std).numpy(), truth.numpy()))
+    sets = LabelledSets(data, label_fraction, labels_per_class, seed, seeds)
+    frozen = Frozen("probe", encoder, data, sets, out, cache, batch)
+    with Processes() as processes:
+        for row, views in frozen.views(processes.device, baselines, pools, blocks):
+            with frozen.features(views, processes) as f:
+                outcomes, knn = [], []
+                for choice, one in zip(sets.choices, sets.seeds, strict=True):
+                    say(f"{row}, seed {one}")
+                    probed = (f.bank, f.test, choice, sets.classes, one, processes)
+                    outcomes.append(_probe_once(sweep, *probed))
+                    knn.append(vote_on_test(neighbours, *probed))
+                frozen.add(row, outcomes, f)
+                frozen.rows[row] |= _knn_column(knn)
+                if row == "pretrained":
+                    frozen.draw(outcomes[0], f.test, tsne)
+        recipe = {"sweep": vars(sweep), "neighbours": vars(neighbours)}
+        return frozen.keep(recipe | {"pools": pools, "blocks": blocks})
 
 
-def _choose(x: np.ndarray, y: np.ndarray, max_iterations: int) -> float:
-    shuffled = np.random.default_rng(0).permutation(len(x))[:CHOOSE_ON]
-    held_out, fitted = np.split(shuffled, [len(shuffled) // 5])
-    if len(np.unique(y[fitted])) < 2:
-        return STRENGTHS[len(STRENGTHS) // 2]
-    scores = [
-        _fit(x[fitted], y[fitted], c, max_iterations).score(x[held_out], y[held_out])
-        for c in STRENGTHS
-    ]
-    return STRENGTHS[int(np.argmax(scores))]
+def _knn_column(outcomes: list[Outcome]) -> dict[str, Any]:
+    figures = spread([{"knn": o.figures["top1"], "n": o.figures["n"]} for o in outcomes])
+    del figures["n"]
+    return figures | {"knn_chosen": [outcome.chosen for outcome in outcomes]}
 
 
-def _fit(x: np.ndarray, y: np.ndarray, strength: float, max_iterations: int) -> LogisticRegression:
-    with warnings.catch_warnings():
-        # Where the budget of iterations ends is part of the recipe.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=strength, max_iter=max_iterations, tol=1e-3).fit(x, y)
+def _probe_once(
+    sweep: LinearSweep,
+    bank: FeatureFiles,
+    test: FeatureFiles,
+    choice: Int64[Tensor, "n"],
+    classes: int,
+    seed: int,
+    processes: Processes,
+) -> Outcome:
+    """Choose the head on a part of the training set, train it on all of it, test it."""
+    ranking = _compare(sweep, bank, choice, classes, seed, processes)
+    best = ranking[0]
+    final = sweep.fit(
+        lambda i: bank.rows(choice[i], best.view),
+        {best.view: bank.widths[best.view]},
+        bank.labels[choice],
+        classes,
+        seed,
+        ((best.lr, best.weight_decay),),
+        processes.device,
+    )
+    answers = predictions(final, lambda i: test.rows(i, best.view), len(test))
+    logits = torch.cat([y[best.view][:, 0].cpu() for _, y in answers])
+    confidence, predicted = logits.softmax(1).max(1)
+    chosen = {"view": best.view, "lr": best.lr, "weight_decay": best.weight_decay}
+    chosen |= {"accuracy_choosing": best.accuracy}
+    return Outcome(scores(logits, test.labels, classes), predicted, confidence, best.view, chosen)
+
+
+def _compare(
+    sweep: LinearSweep,
+    bank: FeatureFiles,
+    choice: Int64[Tensor, "n"],
+    classes: int,
+    seed: int,
+    processes: Processes,
+) -> list[Head]:
+    """All heads, fitted on a part of the training set and ranked on the rest, the best first.
+
+    The settings are shared out over the processes; no head knows of another, so the number
+    of processes changes nothing.
+    """
+    fit, hold = split_for_choosing(bank.labels[choice], sweep.choose_on, seed)
+    fitted, held = choice[fit], choice[hold]
+    found: list[Head] = []
+    if settings := sweep.settings[processes.rank :: processes.world_size]:
+        heads = sweep.fit(
+            lambda i: bank.rows(fitted[i]),
+            bank.widths,
+            bank.labels[fitted],
+            classes,
+            seed,
+            settings,
+            processes.device,
+        )
+        found = sweep.rank(heads, lambda i: bank.rows(held[i]), bank.labels[held])
+    ranking = ranked([head for part in processes.all(found) for head in part])
+    audit(sweep, ranking, len(bank.widths), len(fitted), len(held))
+    return ranking
+
+
+def audit(sweep: LinearSweep, ranking: list[Head], views: int, fitted: int, held: int) -> None:
+    """Print what was applied, and whether the grid was wide enough.
+
+    Args:
+        sweep: how the heads were trained.
+        ranking: all heads, the best first.
+        views: of the features.
+        fitted: samples that the heads were fitted on.
+        held: samples that they were ranked on.
+    """
+    best, (batch, steps) = ranking[0], sweep.length(fitted)
+    lrs, decays = (", ".join(f"{x:g}" for x in grid) for grid in (sweep.lrs, sweep.weight_decays))
+    say(
+        f"  heads       {len(ranking)} = {views} views x {len(sweep.lrs)} lrs ({lrs}) x "
+        f"{len(sweep.weight_decays)} weight decays ({decays})\n"
+        f"  training    features standardised by {fitted:,} samples, AdamW, batch {batch}, "
+        f"{steps:,} steps\n              "
+        f"({steps / math.ceil(fitted / batch):.4g} epochs), cosine to 0\n"
+        f"  chosen      {best.view}, lr {best.lr:g}, weight decay {best.weight_decay:g}: "
+        f"{best.accuracy:.4f} on {held:,} training samples held out;\n"
+        f"              trained again on all {fitted + held:,}"
+    )
+    if len(sweep.lrs) > 1 and best.lr in (sweep.lrs[0], sweep.lrs[-1]):
+        say(f"  WARNING     lr {best.lr:g} lies on the edge of the grid: widen --sweep.lrs")
+
+
+def probe_parser(parser: Any) -> Any:
+    """`probe`: options from its signature, sections data, sweep and neighbours."""
+    evaluation_parser(parser, probe, skip={"sweep", "neighbours"})
+    parser.add_class_arguments(LinearSweep, "sweep")
+    parser.add_class_arguments(NeighbourSweep, "neighbours")
+    return parser
+
+
+def probe_command(argv: list[str]) -> int:
+    """The verb `probe`."""
+    probe(**parse(probe_parser(make_parser("probe")), argv))
+    return 0

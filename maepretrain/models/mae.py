@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int64
 from timm.layers.norm import LayerNorm  # eps 1e-6, as in the official code
 from timm.layers.patch_embed import PatchEmbed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -87,7 +88,10 @@ class MaskedAutoencoder(nn.Module):
         activation_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
+        # What makes the same model again: an exported file tells it beside its weights.
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
+        self.arguments: dict[str, Any] = arguments
         overrides = {
             "patch_size": patch_size,
             "embed_dim": encoder_width,
@@ -288,14 +292,96 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             ValueError: images of another size, or pool="cls" without a class token.
         """
-        self._check_size(images)
-        tokens = self.encoder.forward_features(images)
+        if pool == "cls" and self.encoder.cls_token is None:
+            raise ValueError('this encoder has no class token: use pool "mean"')
+        tokens = self._run(self.encoder.blocks, self._embed(images))
+        tokens = self.encoder.norm(tokens)
         if pool == "cls":
-            if self.encoder.cls_token is None:
-                raise ValueError('this encoder has no class token: use pool "mean"')
             return tokens[:, 0]
-        patches = tokens[:, self.encoder.num_prefix_tokens :]
+        patches = tokens[:, self.prefix :]
         return patches.mean(1) if pool == "mean" else patches
+
+    def features(
+        self, images: Float[Tensor, "b c h w"], blocks: Sequence[int]
+    ) -> list[Float[Tensor, "b t d"]]:
+        """What the given blocks put out for whole images, before the encoder's norm.
+
+        Args:
+            images: normalised.
+            blocks: 0 is the first, -1 the last.
+
+        Returns:
+            For each of `blocks` all tokens: `prefix` tokens, the class token first, then patches.
+
+        Raises:
+            ValueError: images of another size, or a block that the encoder does not have.
+        """
+        check_blocks(blocks, self.depth)
+        wanted = [block % self.depth for block in blocks]
+        tokens, outputs = self._embed(images), {}
+        for number, block in enumerate(self.encoder.blocks[: max(wanted, default=-1) + 1]):
+            tokens = self._run([block], tokens)
+            if number in wanted:
+                outputs[number] = tokens
+        return [outputs[number] for number in wanted]
+
+    def _embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t d"]:
+        """What the first block is given: prefix tokens and all patches, with positions."""
+        self._check_size(images)
+        encoder = self.encoder
+        tokens = encoder.patch_drop(encoder._pos_embed(encoder.patch_embed(images)))
+        return encoder.norm_pre(tokens)
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the encoder."""
+        return len(self.encoder.blocks)
+
+    @property
+    def width(self) -> int:
+        """Features of a token."""
+        return self.encoder.embed_dim
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: the class token, if there is one, and registers."""
+        return self.encoder.num_prefix_tokens
+
+    @torch.no_grad()
+    def resize(self, image_size: tuple[int, int]) -> None:
+        """Take images of another size: positions are interpolated to the new patch grid (bicubic),
+        those of prefix tokens stay.
+
+        Interpolated, not made anew: what the blocks learnt to read is where a patch lies between
+        the edges of the image. The official code does the same for fine-tuning.
+
+        Raises:
+            ValueError: a size that the patch size does not divide.
+        """
+        _check_divides(image_size, self.patch_size)
+        old, rows, columns = self.grid, *(side // self.patch_size for side in image_size)
+        self.encoder.patch_embed.set_input_size(image_size)
+        self.grid = (rows, columns)
+        for module, name in ((self.encoder, "pos_embed"), (self, "decoder_pos_embed")):
+            positions = cast(Tensor, getattr(module, name))
+            skip = positions.shape[1] - old[0] * old[1]
+            # The tensor keeps its kind: a fixed buffer, or a Parameter that is trained.
+            positions.data = resample_abs_pos_embed(
+                positions.data,
+                [rows, columns],
+                [*old],
+                skip,
+                antialias=False,  # as the official code; in enlarging it makes a difference too
+            )
+        self.visible = int(rows * columns * (1 - self.mask_ratio))
+        self.arguments["image_size"] = image_size
+
+    def renew_positions(self) -> None:
+        """Sin-cos positions as a model of this size starts with."""
+        for module, name in ((self.encoder, "pos_embed"), (self, "decoder_pos_embed")):
+            positions = cast(Tensor, getattr(module, name))
+            skip = positions.shape[1] - self._patches
+            positions.data = sincos_positions(positions.shape[2], self.grid, skip)
 
     @torch.no_grad()
     def reconstruct(
@@ -327,11 +413,7 @@ class MaskedAutoencoder(nn.Module):
 
     def layers(self) -> list[list[nn.Parameter]]:
         """The encoder's parameters from input to output: embedding and tokens, each block, norm."""
-        encoder = self.encoder
-        blocks = [list(block.parameters()) for block in encoder.blocks]
-        last = list(encoder.norm.parameters())
-        later = {id(p) for group in [*blocks, last] for p in group}
-        return [[p for p in encoder.parameters() if id(p) not in later], *blocks, last]
+        return vit_layers(self.encoder)
 
     def train_positions(self) -> None:
         """Make the fixed positions a Parameter again, as the official code does for fine-tuning."""
@@ -378,11 +460,34 @@ def create_encoder(
         or encoder.pos_embed is None
     ):
         raise ValueError(f"encoder {name} is no plain timm VisionTransformer with positions")
-    h, w = (image_size, image_size) if isinstance(image_size, int) else image_size
-    p = encoder.patch_embed.proj.kernel_size[0]
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    _check_divides(size, encoder.patch_embed.proj.kernel_size[0])
+    return encoder
+
+
+def _check_divides(image_size: tuple[int, int], p: int) -> None:
+    h, w = image_size
     if h % p or w % p:
         raise ValueError(f"image size {h}x{w} must be divisible by patch size {p}")
-    return encoder
+
+
+def vit_layers(encoder: VisionTransformer) -> list[list[nn.Parameter]]:
+    """The parameters of a ViT from input to output: embedding and tokens, each block, norm."""
+    blocks = [list(block.parameters()) for block in encoder.blocks]
+    last = [*encoder.norm.parameters(), *encoder.fc_norm.parameters()]
+    later = {id(p) for group in [*blocks, last] for p in group}
+    return [[p for p in encoder.parameters() if id(p) not in later], *blocks, last]
+
+
+def check_blocks(blocks: Sequence[int], depth: int) -> None:
+    """Refuse numbers of blocks that an encoder does not have.
+
+    Raises:
+        ValueError: one outside -depth..depth - 1.
+    """
+    for block in blocks:
+        if not -depth <= block < depth:
+            raise ValueError(f"block {block} is none of the encoder's {depth} (0 is the first)")
 
 
 def gather_patches(

@@ -1,0 +1,186 @@
+"""`maepretrain embed`: the features of images with their keys, in a file for retrieval.
+
+A .npz holds `features` (n, d), `keys`, `labels` (-1: none) and `shards`; a .parquet has one row for
+each image with `key`, `shard`, `label` and `feature`. Both are in the order of the shards.
+"""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from maepretrain.arguments import make_parser, parse
+from maepretrain.data.module import ShardData
+from maepretrain.data.samples import Batch, Samples
+from maepretrain.evaluate.encoders import evaluation_parser, load_encoder
+from maepretrain.evaluate.features import Processes
+from maepretrain.files import replacing
+from maepretrain.training import Normalise
+
+Pool = Literal["mean", "cls", "tokens"]
+
+
+class Embeddings(NamedTuple):
+    """Features with what they are of; row i of each is the same image."""
+
+    features: Float[np.ndarray, "n *d"]
+    keys: list[str]
+    labels: Int64[np.ndarray, "n"]
+    shards: list[str]
+
+
+def embed_images(
+    encoder: str,
+    data: ShardData,
+    out: Path,
+    split: Literal["train", "val"] = "val",
+    pool: Pool = "mean",
+    half: bool = False,
+    batch: int = 256,
+) -> int:
+    """Write the features of all images of a split, with their keys, labels and shards.
+
+    On several processes (torchrun, SLURM) each encodes its share and the first one writes. An image
+    that cannot be read is left out, and how many were is said.
+
+    Args:
+        encoder: a run folder, a file of weights, or timm:NAME.
+        data: shards; images as evaluation sees them, centre-cropped.
+        out: file to write: .npz, or .parquet where pyarrow is installed. It replaces an older one.
+        split: "train" or "val" shards.
+        pool: "mean" of the patch tokens, "cls" token, or all patch "tokens", (n, patches, width).
+        half: float16 instead of float32.
+        batch: images in one forward pass.
+
+    Returns:
+        How many images were written.
+
+    Raises:
+        ValueError: another kind of file, no such split, an encoder or pool that does not fit,
+            features beyond float16.
+    """
+    _check_out(out)
+    index = data.index if split == "train" else data.val_index
+    if index is None or not len(index):
+        raise ValueError(f"there are no samples to embed: data.{split} names no indexed shards")
+    if batch < 1:
+        raise ValueError(f"batch {batch} must be at least 1")
+    samples = data.evaluation(index)
+    with Processes() as processes:
+        encode = _Encode(load_encoder(encoder, data), data, pool, processes.device)
+        share = processes.share(len(samples))
+        features, labels, good = encode_all(encode, samples, share, batch, data.num_workers, half)
+        parts = processes.all((features, labels, good))
+        if processes.rank:
+            return 0
+    features, labels, good = (
+        np.concatenate([part[i] for part in parts if len(part[2])]) for i in range(3)
+    )
+    names = [name for name, g in zip(samples.names([*range(len(samples))]), good, strict=True) if g]
+    if len(names) < len(samples):
+        print(f"{len(samples) - len(names)} unreadable samples are left out", file=sys.stderr)
+    write(out, Embeddings(features, [key for _, key in names], labels, [url for url, _ in names]))
+    print(f"features {features.shape} {features.dtype} of {len(names):,} images in {out}")
+    return len(names)
+
+
+class _Encode:
+    """From uint8 images to features on the CPU."""
+
+    def __init__(self, model: nn.Module, data: ShardData, pool: Pool, device: torch.device) -> None:
+        self.model, self.pool, self.device = cast(Any, model.eval().to(device)), pool, device
+        self.normalise = Normalise(data.mean, data.std).to(device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = self.normalise(images.to(self.device))
+        # A classic autoencoder has one feature vector and no pools.
+        pooled = self.model.encode(x) if self.pool == "mean" else self._pooled(x)
+        return pooled.float().cpu()
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        try:
+            return self.model.encode(x, pool=self.pool)
+        except TypeError as error:
+            raise ValueError(
+                f"{type(self.model).__name__} has no tokens: take pool mean, not {self.pool}"
+            ) from error
+
+
+@torch.no_grad()
+def encode_all(
+    encode: _Encode, samples: Samples, share: range, batch: int, workers: int, half: bool
+) -> tuple[Float[np.ndarray, "k *d"], Int64[np.ndarray, "k"], Bool[np.ndarray, "m"]]:
+    """Features and labels of the samples of a share that can be read, and which of them can.
+
+    Raises:
+        ValueError: features that float16 cannot hold, where it is asked for.
+    """
+    loader: DataLoader[Batch] = DataLoader(
+        samples,
+        batch_sampler=[list(share[i : i + batch]) for i in range(0, len(share), batch)],
+        num_workers=workers,
+        collate_fn=cast(Any, _as_batch),
+    )
+    features, labels, good = [], [], []
+    shown = sys.stderr.isatty() and share.start == 0
+    for read in track(loader, "features", len(loader), disable=not shown):
+        fine = read["fault"][:, 0] == 0
+        encoded = encode(read["input"][fine])
+        if half and encoded.numel() and encoded.abs().max() > torch.finfo(torch.float16).max:
+            raise ValueError("features are beyond the 65,504 that float16 holds: leave out --half")
+        features.append((encoded.half() if half else encoded).numpy())
+        labels.append(read["label"][fine].numpy())
+        good.append(fine.numpy())
+    empty = (np.zeros((0, 0), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))
+    found = zip((features, labels, good), empty, strict=True)
+    rows, classes, which = (np.concatenate(parts) if parts else none for parts, none in found)
+    return rows, classes, which
+
+
+def _as_batch(batch: Batch) -> Batch:
+    return batch
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix not in (".npz", ".parquet"):
+        raise ValueError(f"--out {out} must end in .npz or .parquet")
+    if out.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise ValueError(f"--out {out}: parquet needs `pip install pyarrow`; .npz needs nothing")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+
+
+def write(out: Path, rows: Embeddings) -> None:
+    """Write a .npz or a .parquet."""
+    with replacing(out) as file:
+        if out.suffix == ".npz":
+            named = rows._replace(keys=np.array(rows.keys), shards=np.array(rows.shards))  # pyright: ignore
+            np.savez(cast(Any, file), **named._asdict())
+        else:
+            _write_parquet(file, rows)
+
+
+def _write_parquet(file: IO[bytes], rows: Embeddings) -> None:
+    import pyarrow  # pyright: ignore[reportMissingImports]
+    from pyarrow import parquet  # pyright: ignore[reportMissingImports]
+
+    # One axis a level: a list of features, or of tokens.
+    column = pyarrow.array(rows.features.reshape(-1))
+    for length in rows.features.shape[:0:-1]:
+        column = pyarrow.FixedSizeListArray.from_arrays(column, length)
+    columns = {"key": rows.keys, "shard": rows.shards, "label": rows.labels, "feature": column}
+    parquet.write_table(pyarrow.table(columns), file)
+
+
+def embed_command(argv: list[str]) -> int:
+    """The verb `embed`."""
+    parser = evaluation_parser(make_parser("embed"), embed_images)
+    embed_images(**parse(parser, argv))
+    return 0

@@ -1,0 +1,112 @@
+"""Labels of an evaluation: how many classes, which samples to label, which to choose settings on.
+
+All choices are class-balanced and a pure function of the seed.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from maepretrain.randomness import permutation
+
+
+def count_classes(
+    train: Int64[Tensor, "n"], *others: Int64[Tensor, "_"], classes: int | None = None
+) -> int:
+    """Classes 0..count-1 of the training labels, or the `classes` that were asked for.
+
+    Labels below 0 (none, or a wrong one) do not count.
+
+    Raises:
+        ValueError: no label, only one class, more labels than `classes`, or a label in `others`
+            (the test set) that lies beyond the training set's.
+    """
+    known = train[train >= 0]
+    if not len(known):
+        raise ValueError("no training sample has a label >= 0")
+    found = known.unique()
+    count = int(found[-1]) + 1 if classes is None else classes
+    if len(found) < 2:
+        raise ValueError(f"telling classes apart needs two or more; all labels are {int(found[0])}")
+    for name, labels in (("training", train), *(("test", other) for other in others)):
+        if len(labels) and (largest := int(labels.max())) >= count:
+            rule = "the training labels end at" if classes is None else f"{classes} classes end at"
+            raise ValueError(f"{name} label {largest} is out of range: {rule} {count - 1}")
+    return count
+
+
+def choose_labels(
+    labels: Int64[Tensor, "n"],
+    fraction: float = 1.0,
+    per_class: int | None = None,
+    seed: int = 0,
+) -> Int64[Tensor, "m"]:
+    """Numbers, ascending, of a class-balanced and seeded choice of the labelled samples.
+
+    Args:
+        labels: of all samples; those below 0 are never chosen.
+        fraction: share of every class, at least one sample of it.
+        per_class: as many samples of every class.
+        seed: which samples; a smaller choice lies inside a larger one of the same seed.
+
+    Raises:
+        ValueError: both given, a fraction outside (0, 1], a class without samples or with fewer
+            than `per_class`.
+    """
+    if per_class is not None and fraction != 1:
+        raise ValueError("take either label_fraction or labels_per_class, not both")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"label_fraction {fraction} must be in (0, 1]")
+    if per_class is None and fraction == 1:
+        return (labels >= 0).nonzero().flatten()
+    if per_class is not None and per_class < 1:
+        raise ValueError(f"labels_per_class {per_class} must be at least 1")
+    counts = labels[labels >= 0].bincount()
+    needed = per_class or 1
+    if (short := (counts < needed).nonzero().flatten().tolist()) or not len(counts):
+        raise ValueError(
+            f"class {short[0]} has {int(counts[short[0]])} labelled samples, {needed} are needed"
+            if short
+            else "no sample has a label >= 0"
+        )
+    return _of_every_class(
+        labels, seed, "labels", lambda n: per_class or max(1, round(fraction * n))
+    )
+
+
+def split_for_choosing(
+    labels: Int64[Tensor, "n"], share: float = 0.1, seed: int = 0
+) -> tuple[Int64[Tensor, "f"], Int64[Tensor, "c"]]:
+    """Numbers to fit on and numbers to choose settings on: a class-balanced validation split of a
+    training set.
+
+    A class gives `share` of its samples, at least one where it has two; a single sample stays with
+    those to fit on.
+
+    Raises:
+        ValueError: a share outside (0, 1), or no class that has two samples.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share {share} to choose on must be between 0 and 1")
+    chosen = _of_every_class(labels, seed, "choose", lambda n: min(n - 1, max(1, round(share * n))))
+    if not len(chosen):
+        raise ValueError(
+            "no class has two labelled samples: there is none to choose the settings on"
+        )
+    fitted = labels >= 0
+    fitted[chosen] = False
+    return fitted.nonzero().flatten(), chosen
+
+
+def _of_every_class(
+    labels: Int64[Tensor, "n"], seed: int, stream: str, count: Callable[[int], int]
+) -> Int64[Tensor, "m"]:
+    """Of every class with n samples, `count(n)` of them."""
+    chosen = [torch.empty(0, dtype=torch.int64)]
+    for label in labels[labels >= 0].unique().tolist():
+        numbers = (labels == label).nonzero().flatten()
+        order = permutation(seed, stream, len(numbers), label)
+        chosen.append(numbers[order[: count(len(numbers))]])
+    return torch.cat(chosen).sort().values

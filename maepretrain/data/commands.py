@@ -26,8 +26,8 @@ def write(
     call stopped.
 
     Args:
-        src: a folder of images or .npy arrays (class = first sub-folder), a folder of MNIST-style IDX files, or
-            torchvision:NAME.
+        src: a folder of images or .npy arrays (class = first sub-folder), a folder of MNIST-style
+            IDX files, or torchvision:NAME.
         dst: the folder that gets SPLIT-000000.tar, ...
         split: name of the shards; also the part of an IDX or torchvision set that is read (train or
             test).

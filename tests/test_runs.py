@@ -84,7 +84,7 @@ def test_a_refused_run_changes_nothing(tmp_path: Path, resume: bool, overwrite: 
 
 
 def test_overwriting_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
-    for name in ("config.yaml", "probe.json", "notes.txt", "events.out.tfevents.1"):
+    for name in ("config.yaml", "results.json", "notes.txt", "events.out.tfevents.1"):
         (tmp_path / name).write_text("old")
     (tmp_path / "pictures").mkdir()
     with RunFolder(tmp_path, resume=False, overwrite=True, config="new") as folder:

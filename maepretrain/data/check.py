@@ -22,7 +22,7 @@ from rich.text import Text
 
 from maepretrain.data.cache import ShardCache
 from maepretrain.data.faults import CORRUPT_INPUT, Fault, ShardError, Unreadable, printable
-from maepretrain.data.remote import is_remote
+from maepretrain.data.remote import is_remote, shown
 from maepretrain.data.shards import (
     Shard,
     expand,
@@ -158,7 +158,7 @@ def _indexed(found: Found) -> Shard | None:
     try:
         return open_local(found.url)
     except ShardError as error:
-        found.faults.append(Fault(STALE_INDEX, found.url, str(error)))
+        found.faults.append(Fault(STALE_INDEX, shown(found.url), str(error)))
         found.indexed = True
         return None
 
@@ -168,7 +168,7 @@ def _examine(found: Found, path: Path, shard: Shard | None, asked: Asked) -> Non
     found.samples, found.size = head["samples"], head["bytes"]
     found.further_inputs = head["further_inputs"]
     for kind, keys in head["faults"].items():
-        found.faults += [Fault(kind, found.url, key) for key in keys]
+        found.faults += [Fault(kind, shown(found.url), key) for key in keys]
     if shard is not None:
         found.indexed, found.left_out = True, len(shard.unreadable)
         found.faults += _compare(shard, path, columns)
@@ -177,7 +177,7 @@ def _examine(found: Found, path: Path, shard: Shard | None, asked: Asked) -> Non
     found.unlabelled = int((label == NO_LABEL).sum())
     if asked.classes is not None:
         found.faults += [
-            Fault(LABEL_RANGE, found.url, columns.keys[row])
+            Fault(LABEL_RANGE, shown(found.url), columns.keys[row])
             for row in np.flatnonzero(label >= asked.classes)
         ]
     if found.samples:
@@ -191,17 +191,17 @@ def _compare(shard: Shard, path: Path, columns: Columns) -> list[Fault]:
     """What the index says otherwise than the shard."""
     faults = []
     if shard.sha256 is not None and sha256_of(path) != shard.sha256:
-        faults.append(Fault(WRONG_CHECKSUM, shard.url, f"its index says {shard.sha256}"))
+        faults.append(Fault(WRONG_CHECKSUM, shown(shard.url), f"its index says {shard.sha256}"))
     try:
         indexed = shard.columns()
     except ShardError as error:
-        return [*faults, Fault(STALE_INDEX, shard.url, str(error))]
+        return [*faults, Fault(STALE_INDEX, shown(shard.url), str(error))]
     if len(indexed.offset) != len(columns.offset) or indexed.key_bytes != columns.key_bytes:
         wrong = f"it lists {len(indexed.offset)} samples, the shard holds {len(columns.offset)}"
-        return [*faults, Fault(STALE_INDEX, shard.url, f"{wrong}, or their keys differ")]
+        return [*faults, Fault(STALE_INDEX, shown(shard.url), f"{wrong}, or their keys differ")]
     for name in ("offset", "size", "header", "label", "extension"):
         differ = np.flatnonzero(getattr(indexed, name) != getattr(columns, name))
-        faults += [Fault(STALE_INDEX, shard.url, columns.keys[row]) for row in differ[:1]]
+        faults += [Fault(STALE_INDEX, shown(shard.url), columns.keys[row]) for row in differ[:1]]
         if len(differ):
             break
     return faults
@@ -217,8 +217,8 @@ def _decode_all(found: Found, path: Path, columns: Columns, asked: Asked) -> Non
                 found.types[decode(data, array)] += 1
             except Unreadable as error:
                 key = columns.keys[row]
-                found.reason = found.reason or f"{found.url}, {key}: {error}"
-                found.faults.append(Fault(CORRUPT_INPUT, found.url, key))
+                found.reason = found.reason or f"{shown(found.url)}, {key}: {error}"
+                found.faults.append(Fault(CORRUPT_INPUT, shown(found.url), key))
 
 
 def _decoder(asked: Asked) -> Callable[[bytes, bool], str]:
@@ -250,7 +250,7 @@ def _partly_labelled(found: list[Found]) -> list[Fault]:
     if not any(one.labels for one in found):
         return []
     return [
-        Fault(PARTLY_LABELLED, one.url, f"{one.unlabelled} of {one.samples} have no label")
+        Fault(PARTLY_LABELLED, shown(one.url), f"{one.unlabelled} of {one.samples} have no label")
         for one in found
         if one.unlabelled
     ]
@@ -261,7 +261,7 @@ def _mixed(found: list[Found]) -> list[Fault]:
     types = sum((one.types for one in found), Counter())
     usual = types.most_common(1)[0][0] if types else ""
     return [
-        Fault(MIXED_INPUTS, one.url, f"{number} are {name}, most others {usual}")
+        Fault(MIXED_INPUTS, shown(one.url), f"{number} are {name}, most others {usual}")
         for one in found
         for name, number in one.types.items()
         if name != usual
@@ -279,7 +279,7 @@ def _repeated_keys(found: list[Found], cache: ShardCache) -> list[Fault]:
         if len(rows):
             keys = _keys(one.url, cache)
             for row in rows:
-                places[keys[row]].append(one.url)
+                places[keys[row]].append(shown(one.url))
     return [
         Fault(KEY_TWICE_IN_SHARD if url in urls[:n] else KEY_IN_TWO_SHARDS, url, key)
         for key, urls in places.items()

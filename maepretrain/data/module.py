@@ -21,7 +21,7 @@ from maepretrain.data.faults import Fault, FaultList, ShardError, borne, too_man
 from maepretrain.data.images import Augment, CentreCrop, SignalCrop
 from maepretrain.data.order import EpochOrder, Mixture, Order
 from maepretrain.data.plain import PlainOrder, PlainStream, plain_sources
-from maepretrain.data.remote import is_remote
+from maepretrain.data.remote import is_remote, shown
 from maepretrain.data.samples import Batch, Pixels, Samples, ShardIndex
 from maepretrain.data.shards import open_shards, summary
 from maepretrain.data.store import Store
@@ -212,7 +212,7 @@ class ShardData(L.LightningDataModule):
         """What the indexes say."""
         indexes = [index for index in (self.index, self.val_index) if index is not None]
         return [
-            Fault(kind, shard.url, key)
+            Fault(kind, shown(shard.url), key)
             for index in indexes
             for shard in index.shards
             for kind, keys in shard.faults.items()

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from maepretrain.data.faults import DAMAGED_SHARD, Fault, FaultList, ShardError, Unreadable
+from maepretrain.data.remote import shown
 from maepretrain.data.samples import Batch, Pixels
 from maepretrain.data.shards import expand
 from maepretrain.data.stream import Stream
@@ -136,7 +137,9 @@ class PlainStream(IterableDataset[Batch]):
                 found = True
                 yield decoded, max(NO_LABEL, label_of(members.get))
             if not found:
-                raise ShardError(f"no sample can be read from {self.urls[0]} and what follows it")
+                raise ShardError(
+                    f"no sample can be read from {shown(self.urls[0])} and what follows it"
+                )
 
     def _members(self, shards: list[int], numbers: random.Random) -> Iterator[dict[str, Any]]:
         """The samples of the shards that have an input, shuffled."""
@@ -172,7 +175,7 @@ class PlainStream(IterableDataset[Batch]):
         return True
 
     def _list(self, kind: str, url: str, what: str) -> None:
-        self.faults.add([Fault(kind, url, what)])
+        self.faults.add([Fault(kind, shown(url), what)])
 
 
 class _Watched:

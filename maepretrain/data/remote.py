@@ -62,6 +62,11 @@ def without_secrets(url: str) -> str:
     return re.sub(r"://[^/]*@", "://", url.partition("?")[0])
 
 
+def shown(url: str) -> str:
+    """What messages and lists say of a shard: a remote address without user, password and query."""
+    return without_secrets(url) if is_remote(url) else url
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a store says of a file, and its bytes from `start` on.

@@ -28,6 +28,7 @@ from maepretrain.data.images import (
     decode_array,
 )
 from maepretrain.data.order import Order
+from maepretrain.data.remote import shown
 from maepretrain.data.shards import Shard
 from maepretrain.data.store import Store
 from maepretrain.data.tars import INPUT_EXTENSIONS, NO_LABEL, WRONG_LABEL, Columns
@@ -270,7 +271,9 @@ class Samples(Dataset[Batch]):
                 continue
             return decoded, max(NO_LABEL, int(columns.label[row])), (KINDS.index(kind), row)
         shard = self.index.shards[s]
-        raise ShardError(f"{shard.url}: none of its {count} samples can be read: {kind}, {reason}")
+        raise ShardError(
+            f"{shown(shard.url)}: none of its {count} samples can be read: {kind}, {reason}"
+        )
 
     def _decode(self, shard: Shard, columns: Columns, row: int) -> Tensor:
         if self.labelled and columns.label[row] == WRONG_LABEL:
@@ -292,7 +295,7 @@ class Samples(Dataset[Batch]):
             s, member = place
             keys, shard = self.index.columns(s).keys, self.index.shards[s]
             faults.append(
-                Fault(KINDS[kind], shard.url, keys[self.index.row(s, member)], p, keys[row])
+                Fault(KINDS[kind], shown(shard.url), keys[self.index.row(s, member)], p, keys[row])
             )
         return faults
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from maepretrain.data.cache import ShardCache
 from maepretrain.data.faults import SHORT_MEMBER, ShardError, Unreadable
-from maepretrain.data.remote import is_remote
+from maepretrain.data.remote import is_remote, shown
 from maepretrain.data.shards import Shard
 from maepretrain.data.tars import TAR_HEADER, Columns
 
@@ -48,8 +48,8 @@ class Store:
             raise Unreadable(SHORT_MEMBER, f"it has {len(data)} of {size} bytes")
         if zlib.crc32(header) != columns.header[row]:
             raise ShardError(
-                f"{shard.url} was changed after its index was made (byte {offset - TAR_HEADER}); "
-                "run `maepretrain shards index` on it"
+                f"{shown(shard.url)} was changed after its index was made (byte "
+                f"{offset - TAR_HEADER}); run `maepretrain shards index` on it"
             )
         return data
 

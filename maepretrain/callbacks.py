@@ -109,6 +109,8 @@ class Throughput(L.Callback):
     """Logs `img_per_s` and `data_wait`, the share of time between two steps, validation apart. Must
     be the last callback.
 
+    `seconds` is the time of the whole run, stops left out: it goes along in checkpoints.
+
     Args:
         global_batch: images in an optimizer step.
     """
@@ -119,9 +121,25 @@ class Throughput(L.Callback):
         self._started = self._ended = time.perf_counter()
         self._waited = self._elsewhere = 0.0
         self._step, self._validated = 0, False
+        self._before, self._began = 0.0, -1.0
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training and validation so far, before a resume too."""
+        return self._before + (time.perf_counter() - self._began if self._began >= 0 else 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = float(state_dict["seconds"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began = time.perf_counter()
         self._restart(trainer.global_step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._before, self._began = self.seconds, -1.0
 
     def _restart(self, step: int) -> None:
         self._started = self._ended = time.perf_counter()

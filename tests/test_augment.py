@@ -1,5 +1,6 @@
 """Augmentation of fine-tuning: a pure function of position or seed, with targets by hand."""
 
+import itertools
 import pickle
 import random
 from collections.abc import Callable
@@ -8,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import beta, kstest
 from torch import Tensor
 
 from maepretrain.data.augment import Augmentation, RandAugmented
 from maepretrain.data.images import UNIFORMS, Augment
-from maepretrain.randomness import uniform
+from maepretrain.randomness import key, uniform
 
 POLICY = "rand-m9-mstd0.5-inc1"
 MEANS = {1: (0.3,), 3: (0.5, 0.4, 0.3)}
@@ -109,3 +111,17 @@ def test_erasing_leaves_labels_and_the_rest_of_the_image() -> None:
     assert torch.equal(
         mixed(Augmentation(), 0)[0], torch.arange(6.0)[:, None, None, None].expand(-1, 3, 8, 8)
     )
+
+
+def test_every_process_draws_its_own_mixture_of_the_same_distribution() -> None:
+    """lambda ~ Beta(.8, .8) on each of two ranks (Zhang et al. 2018), and not the same there."""
+    augment = Augmentation(mixup=0.8)
+    drawn = torch.empty(2, 400)
+    for rank, batch in itertools.product(range(2), range(400)):
+        labels = torch.tensor([0, 1])
+        seed = key(7, "mix", batch, rank)
+        _, targets = augment.change(torch.zeros(2, 1, 2, 2), labels, 2, 0.0, seed)
+        drawn[rank, batch] = targets[0, 0]
+    for one in drawn:
+        assert kstest(one.double().numpy(), beta(0.8, 0.8).cdf).pvalue > 1e-3
+    assert abs(float(torch.corrcoef(drawn)[0, 1])) < 0.15

@@ -9,6 +9,8 @@ from torch import nn
 
 from maepretrain.arguments import configs_folder, find_config, shipped_configs
 from maepretrain.evaluate.finetune import finetune_parser
+from maepretrain.evaluate.knn import knn_parser
+from maepretrain.evaluate.probe import probe_parser
 from maepretrain.experiments import pretrain_parser
 from maepretrain.training import in_steps
 
@@ -20,16 +22,28 @@ OVERLAYS = {
     "eval/from_scratch": "eval/finetune_fashion_mnist",
     "eval/attentive_probe": "eval/linear_probe",
     "eval/partial": "eval/finetune_vit_large",
+    "eval/probe_few_labels": "eval/probe_fashion_mnist",
     **{f"eval/official_{size}": f"eval/finetune_vit_{size}" for size in SIZES},
     **{f"eval/scratch_vit_{size}": f"eval/finetune_vit_{size}" for size in SIZES},
 }
 
 
+FROZEN: dict[str, Any] = {"probe": probe_parser, "knn": knn_parser}
+
+
+def verb(name: str) -> str:
+    """Of the command in a config's first line."""
+    return (configs_folder() / f"{name}.yaml").read_text().split()[2]
+
+
 def parse(name: str) -> Any:
     parser = ArgumentParser(exit_on_error=False)
-    if name.startswith("mae/"):
+    if verb(name) == "pretrain" or name == "mae/digits":
         pretrain_parser(parser)
         paths = ["--run", "r", "--data.train", "t"]
+    elif verb(name) in FROZEN:
+        FROZEN[verb(name)](parser)
+        paths = ["--encoder", "timm:e", "--data.train", "t"]
     else:
         finetune_parser(parser)
         paths = ["--run", "r", "--encoder", "e", "--data.train", "t"]
@@ -41,6 +55,10 @@ def parse(name: str) -> Any:
 @pytest.mark.parametrize("name", shipped_configs())
 def test_config_builds(name: str) -> None:
     config = parse(name)
+    if verb(name) in FROZEN:
+        assert "trainer" not in config
+        assert len(config.data.mean) == len(config.data.std) == config.data.channels
+        return
     steps = in_steps(config.trainer.as_dict(), 10)["max_steps"]
     assert steps == 10 * config.trainer.max_epochs
     if "model" in config and "huge" not in name:
@@ -48,8 +66,10 @@ def test_config_builds(name: str) -> None:
         build.add_argument("--model", type=nn.Module)
         with torch.device("meta"):
             model = build.instantiate(build.parse_object({"model": config.model})).model
-        assert model.grid[0] * model.patch_size == config.data.image_size
-        assert model.channels == config.data.channels == len(config.data.mean)
+        if name.startswith("mae/"):
+            assert model.grid[0] * model.patch_size == config.data.image_size
+            assert model.channels == config.data.channels
+        assert len(config.data.mean) == len(config.data.std) == config.data.channels
 
 
 @pytest.mark.parametrize("name", shipped_configs())
@@ -127,6 +147,16 @@ def test_the_papers_linear_probe() -> None:
     assert (optim.momentum, optim.warmup_epochs, config.trainer.max_epochs) == (0.9, 10, 90)
     assert (config.data.global_batch, config.trained_blocks) == (16384, 0)
     assert (config.head, config.augment.randaugment, config.augment.mixup) == ("batchnorm", None, 0)
+
+
+def test_k_nn_of_imagenet_tries_the_usual_settings() -> None:
+    """arXiv 2104.14294, appendix F.1: k of 10, 20, 100, 200, temperature .07."""
+    config = parse("eval/knn_imagenet")
+    assert tuple(config.neighbours.ks) == (10, 20, 100, 200)
+    assert tuple(config.neighbours.temperatures) == (0.07,)
+    assert (config.data.image_size, config.data.val_share) == (224, 0.875)
+    few = parse("eval/probe_few_labels")
+    assert (few.labels_per_class, few.seeds, few.data.image_size) == (5, 5, 28)
 
 
 def test_overlays_change_only_what_they_say() -> None:

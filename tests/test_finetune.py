@@ -6,13 +6,14 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from recorder import Ranks
 
 from maepretrain.evaluate.classifier import Classifier
+from maepretrain.evaluate.encoders import load_encoder
 
 Run = Callable[..., int]
 LONG = ["--optim.base_lr", 0.1, "--trainer.max_epochs", 30]
@@ -115,6 +116,38 @@ def test_full_tuning_trains_everything_but_the_decoder(
     assert changed(tmp_path / "all", encoder) == names
 
 
+@pytest.mark.parametrize("more", [[], ["--ema", 0.5], ["--scratch", "--optim.layer_decay", 1]])
+def test_a_fine_tuned_run_is_an_encoder(
+    tmp_path: Path, encoder: Path, finetune: Run, run_cli: Run, more: list[Any]
+) -> None:
+    """Its tensors are the ones the classifier ended with, averaged where it averages; a probe of it
+    and a second fine-tuning run."""
+    assert finetune(tmp_path / "tuned", *more, "--trainer.max_epochs", 2) == 0
+    state = weights(tmp_path / "tuned")
+    prefix = "ema.module.model." if "--ema" in more else "model."
+    own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    loaded = cast(Any, load_encoder(str(tmp_path / "tuned"))).eval()
+    found = loaded.state_dict()
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], own[name]) for name in own)
+    images = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    before = cast(Any, load_encoder(str(encoder))).eval()
+    assert not torch.equal(loaded.encode(images), before.encode(images))
+    if not more:
+        short = ["--sweep.min_steps", 30, "--sweep.epochs", 1, "--blocks", "[-1]"]
+        assert run_cli("probe", "--encoder", tmp_path / "tuned", *short) == 0
+        again = ["--encoder", tmp_path / "tuned", "--trainer.max_epochs", 1]
+        assert finetune(tmp_path / "again", *again) == 0
+        assert cast(Any, load_encoder(str(tmp_path / "again"))).width == 32
+
+
+def test_a_folder_of_neither_kind_of_run_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(ValueError, match="no pretraining run, nor a fine-tuning one") as caught:
+        load_encoder(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Ctrl-C during the step with this number."""
@@ -139,13 +172,18 @@ def test_resume_with_everything_on_equals_never_stopped(
     assert finetune(tmp_path / "whole", *more) == 0
     stop_at(4)
     assert finetune(tmp_path / "cut", *more) == 130
-    assert torch.load(tmp_path / "cut/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
+    stopped = torch.load(tmp_path / "cut/checkpoints/last.ckpt", weights_only=True)
+    assert stopped["global_step"] == 5
     assert finetune(tmp_path / "cut", *more, "--resume") == 0
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert any(name.startswith("ema.module.model.encoder") for name in whole)
     assert [n for n in whole if not torch.equal(whole[n], cut[n])] == []
     figures = [result(tmp_path / name)["mean_per_class"] for name in ("whole", "cut")]
     assert figures[0] == figures[1]
+    # The time before the stop counts, and the speed is that of the whole run: 12 steps of 24.
+    seconds = 60 * result(tmp_path / "cut")["minutes"]
+    assert seconds > stopped["callbacks"]["Throughput"]["seconds"] > 0
+    assert result(tmp_path / "cut")["img_per_s"] == pytest.approx(12 * 24 / seconds)
 
 
 def test_seeds_give_mean_and_spread_and_go_on_where_they_stopped(
@@ -194,6 +232,29 @@ def test_what_does_not_go_together_is_one_line(
     assert line in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_seeds_on_two_processes_give_the_table_of_one(
+    tmp_path: Path, shards: Path, encoder: Path, finetune: Run
+) -> None:
+    """SGD, as Adam would turn rounding into steps; stopped after the first seed and gone on."""
+    short = ["--trainer.max_epochs", 2, "--optim.optimizer", "sgd", "--optim.base_lr", 0.3]
+    short += ["--seeds", 2, "--seed", 3]
+    assert finetune(tmp_path / "one", *short) == 0
+    argv = ["finetune", *options(shards, encoder), "--run", tmp_path / "two", *short]
+    ranks = Ranks(tmp_path / "log", argv, 2)
+    assert ranks.wait() == [0, 0], ranks.output()
+    found = {name: result(tmp_path / name) for name in ("one", "two")}
+    for figure in ("top1", "top1_std", "mean_per_class", "n", "seeds", "labels"):
+        assert found["two"][figure] == pytest.approx(found["one"][figure]), figure
+    (tmp_path / "two/results.json").unlink()
+    (tmp_path / "two/seed-4/results.json").unlink()
+    kept = (tmp_path / "two/seed-3/results.json").stat().st_mtime_ns
+    again = Ranks(tmp_path / "log again", [*argv, "--resume"], 2)
+    assert again.wait() == [0, 0], again.output()
+    assert (tmp_path / "two/seed-3/results.json").stat().st_mtime_ns == kept
+    assert result(tmp_path / "two")["top1"] == found["two"]["top1"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """k-NN against scikit-learn's and brute force, in chunks of both sides."""
 
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from test_probe import blobs, run  # noqa: F401
@@ -127,3 +130,21 @@ def test_the_verb_equals_brute_force_on_the_same_features(
     assert row["top1"] == pytest.approx(classifier.score(query, truth))
     assert "k-NN        k" in capsys.readouterr().out
     assert (tmp_path / "pictures" / "knn-confusion.png").exists()
+
+
+@pytest.mark.parametrize(("verb", "name"), [("knn", "k-NN"), ("probe", "a probe")])
+def test_without_labels_the_verb_is_named(
+    tmp_path: Path, run_cli: Run, capsys: pytest.CaptureFixture[str], verb: str, name: str
+) -> None:
+    png = io.BytesIO()
+    Image.fromarray(np.zeros((16, 16), dtype=np.uint8)).save(png, "PNG")
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for number in range(3):
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = len(png.getvalue())
+            tar.addfile(member, io.BytesIO(png.getvalue()))
+    data = ["--data.train", tmp_path / "train-*.tar", "--data.val", tmp_path / "train-*.tar"]
+    data += ["--data.image_size", 32, "--data.channels", 1, "--data.mean", "[0.3]"]
+    data += ["--data.std", "[0.4]", "--out", tmp_path / "out"]
+    assert run_cli(verb, "--encoder", "timm:test_vit", *data) == 2
+    assert f"{name} needs a label for every sample" in capsys.readouterr().err

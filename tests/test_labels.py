@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maepretrain.evaluate.labels import choose_labels, count_classes, split_for_choosing
+from maepretrain.evaluate.labels import choose_labels, count_classes, folds_for_choosing
 
 UNEVEN = torch.arange(10).repeat_interleave(torch.tensor([100] * 9 + [3]))
 
@@ -63,15 +63,33 @@ def test_classes_are_counted_and_labels_out_of_range_refused() -> None:
         count_classes(torch.tensor([-1, -2]))
 
 
-def test_the_split_for_choosing_is_a_balanced_partition() -> None:
-    fitted, held = split_for_choosing(UNEVEN, 0.1)
-    assert torch.cat([fitted, held]).sort().values.tolist() == list(range(len(UNEVEN)))
-    assert UNEVEN[held].bincount().tolist() == [10] * 9 + [1]
-    assert not torch.equal(held, split_for_choosing(UNEVEN, 0.1, seed=1)[1])
-    # A single sample of a class is fitted on.
-    fitted, held = split_for_choosing(torch.tensor([0, 1, 1]), 0.9)
-    assert (fitted.tolist()[0], len(fitted), len(held)) == (0, 2, 1)
+def test_the_folds_for_choosing_are_balanced_and_disjoint() -> None:
+    folds = folds_for_choosing(UNEVEN, 0.1, enough=400)
+    assert len(folds) == 5  # 91, 91, 91, 90, 90: the class of three gives one in turn
+    for fitted, held in folds:
+        assert torch.cat([fitted, held]).sort().values.tolist() == list(range(len(UNEVEN)))
+        assert UNEVEN[held].bincount()[:9].tolist() == [10] * 9
+    assert [int((UNEVEN[held] == 9).sum()) for _, held in folds] == [1, 1, 1, 0, 0]
+    every = torch.cat([held for _, held in folds])
+    assert len(every.unique()) == len(every)
+    assert torch.equal(folds[1][1], folds_for_choosing(UNEVEN, 0.1, enough=400)[1][1])
+    assert not torch.equal(folds[0][1], folds_for_choosing(UNEVEN, 0.1, seed=1)[0][1])
+
+
+def test_enough_held_out_is_one_fold_and_few_samples_are_all_held_out() -> None:
+    assert len(folds_for_choosing(UNEVEN.repeat(10), 0.1, enough=500)) == 1
+    five = torch.arange(10).repeat_interleave(5)
+    every = torch.cat([held for _, held in folds_for_choosing(five)])
+    assert every.sort().values.tolist() == list(range(50))
+    # A single sample of a class is always fitted on.
+    for fitted, held in (folds := folds_for_choosing(torch.tensor([0, 1, 1]), 0.9)):
+        assert 0 in fitted.tolist()
+        assert len(held) == 1
+    assert len(folds) == 2
+
+
+def test_folds_that_cannot_be_made_are_refused() -> None:
     with pytest.raises(ValueError, match="no class has two labelled samples"):
-        split_for_choosing(torch.arange(5))
+        folds_for_choosing(torch.arange(5))
     with pytest.raises(ValueError, match=r"share 1\.0 to choose on must be between 0 and 1"):
-        split_for_choosing(UNEVEN, 1.0)
+        folds_for_choosing(UNEVEN, 1.0)

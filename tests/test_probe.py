@@ -2,6 +2,7 @@
 line on one process and on two."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maepretrain.evaluate.features import Processes
-from maepretrain.evaluate.heads import Head, LinearSweep, linear_probe, moments
-from maepretrain.evaluate.labels import split_for_choosing
+from maepretrain.evaluate.heads import Head, LinearSweep, linear_probe, moments, pooled
+from maepretrain.evaluate.labels import choose_labels, folds_for_choosing
 from maepretrain.evaluate.probe import audit
 from maepretrain.quickstart import digits
 from maepretrain.randomness import permutation
@@ -44,10 +46,10 @@ def test_probe_agrees_with_scikit_learns_logistic_regression() -> None:
     for seed in range(3):
         order = permutation(seed, "halves", len(y))
         bank, asked = order[:899], order[899:]
-        fit, hold = (bank[i] for i in split_for_choosing(y[bank], 0.2, seed))
+        fit, hold = (bank[i] for i in folds_for_choosing(y[bank], 0.2, seed, 1)[0])
         heads = sweep.fit(lambda i, fit=fit: x[fit[i]], {"pixels": 64}, y[fit], 10, seed)
         best = sweep.rank(heads, lambda i, hold=hold: x[hold[i]], y[hold])[0]
-        setting = (best.lr, best.weight_decay)
+        setting = (best.lr, best.penalty)
         ours.append(linear_probe(x[bank], y[bank], x[asked], y[asked], setting))
         theirs.append(logistic_regression(x, y, bank, asked, fit, hold))
     assert abs(sum(ours) - sum(theirs)) / 3 < 0.005
@@ -67,10 +69,10 @@ def logistic_regression(
 
 
 def test_heads_trained_at_once_equal_heads_trained_alone() -> None:
-    """Two views of one width, one of another, two learning rates, two weight decays; alone:
-    nn.Linear with torch's AdamW and a cosine by hand."""
+    """Two views of one width, one of another, two learning rates, two penalties; alone:
+    nn.Linear with torch's Adam and a cosine."""
     (x, y), widths = blobs(90, 1, width=24), {"a": 7, "b": 7, "c": 10}
-    sweep = LinearSweep((1e-3, 1e-1), (0.0, 0.1), epochs=3, min_steps=1, batch=32)
+    sweep = LinearSweep((1e-3, 1e-1), (0.0, 9.0), epochs=3, min_steps=1, batch=32)
     heads = sweep.fit(lambda i: x[i], widths, y, 5, seed=3)
     together = heads(x)
     begin = 0
@@ -82,13 +84,13 @@ def test_heads_trained_at_once_equal_heads_trained_alone() -> None:
             assert torch.allclose(together[view][:, i], alone, atol=1e-4), (view, setting)
 
 
-def trained_alone(x: Tensor, y: Tensor, lr: float, weight_decay: float) -> Tensor:
+def trained_alone(x: Tensor, y: Tensor, lr: float, penalty: float) -> Tensor:
     x = (x - x.mean(0)) / x.std(0, unbiased=False)
     head = nn.Linear(x.shape[1], 5)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    groups = [{"params": [head.weight], "weight_decay": weight_decay}, {"params": [head.bias]}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
+    groups = [{"params": [head.weight], "weight_decay": penalty / len(y)}, {"params": [head.bias]}]
+    optimizer = torch.optim.Adam(groups, lr=lr)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
     for epoch in range(3):
         for numbers in permutation(3, "probe", len(y), epoch).split(32):
@@ -99,12 +101,40 @@ def trained_alone(x: Tensor, y: Tensor, lr: float, weight_decay: float) -> Tenso
     return head(x)
 
 
+@pytest.mark.parametrize("penalty", [1.0, 10.0])
+def test_few_labels_give_scikit_learns_solution(penalty: float) -> None:
+    """Five labels a class, 32 standardised principal components, most of them noise: probabilities
+    of unseen digits as of LogisticRegression(C = 1 / penalty), whatever the learning rate."""
+    train, test = digits()
+    x, u = (torch.from_numpy(part.images).flatten(1).float() for part in (train, test))
+    pca = PCA(32, random_state=0).fit(x.numpy())
+    x, u = (torch.from_numpy(pca.transform(part.numpy())).float() for part in (x, u))
+    y = torch.from_numpy(train.labels).long()
+    few = choose_labels(y, per_class=5)
+    scaler = StandardScaler().fit(x[few])
+    theirs = LogisticRegression(C=1 / penalty, max_iter=2000).fit(scaler.transform(x[few]), y[few])
+    sweep = LinearSweep((0.03, 0.3), (penalty,))
+    ours = sweep.fit(lambda i: x[few[i]], {"x": 32}, y[few], 10)(u)["x"].softmax(2)
+    expected = torch.from_numpy(theirs.predict_proba(scaler.transform(u))).float()
+    for i in range(2):
+        assert torch.allclose(ours[:, i], expected, atol=0.02)
+        assert float((ours[:, i].argmax(1) == expected.argmax(1)).float().mean()) > 0.99
+
+
+def test_folds_are_pooled_by_their_samples() -> None:
+    first = [Head("a", 0.1, 1.0, 0.5, 2.0), Head("b", 0.1, 1.0, 1.0, 1.0)]
+    second = [Head("b", 0.1, 1.0, 0.0, 9.0), Head("a", 0.1, 1.0, 0.9, 0.4)]
+    a, b = pooled([(30, first), (10, second)])
+    assert (a.view, a.accuracy, a.loss) == ("a", pytest.approx(0.6), pytest.approx(1.6))
+    assert (b.view, b.accuracy, b.loss) == ("b", pytest.approx(0.75), pytest.approx(3.0))
+
+
 def test_heads_are_ranked_by_loss() -> None:
     (x, y), (u, v) = blobs(200, 1), blobs(100, 2)
     sweep = LinearSweep((1e-5, 1e-2, 3e-2), (0.1,), epochs=1, min_steps=30)
     found = sweep.rank(sweep.fit(lambda i: x[i], {"x": 16}, y, 5), lambda i: u[i], v)
     heads = sweep.fit(lambda i: x[i], {"x": 16}, y, 5)
-    logits = heads(u)["x"].detach()
+    logits = heads(u)["x"]
     for head in found:
         mine = logits[:, sweep.lrs.index(head.lr)]
         assert head.accuracy == pytest.approx(float((mine.argmax(1) == v).double().mean()))
@@ -138,8 +168,13 @@ def test_what_a_sweep_cannot_do_is_refused() -> None:
     for arguments in ({"lrs": ()}, {"lrs": (0.0,)}, {"epochs": 0}, {"batch": 0}):
         with pytest.raises(ValueError, match="a sweep needs learning rates above 0"):
             LinearSweep(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"penalties \[-1\.0\] must be 0 or more"):
+        LinearSweep(penalties=(-1.0,))
+    with pytest.raises(ValueError, match="choose_on_samples 0 must be at least 1"):
+        LinearSweep(choose_on_samples=0)
     assert LinearSweep(epochs=10, min_steps=1).length(600) == (256, 30)
     assert LinearSweep(epochs=10, min_steps=99).length(50) == (50, 99)
+    assert LinearSweep(epochs=10).length(54_000) == (1024, 530)
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +210,12 @@ def test_probe_table(
     assert all(0 <= row["knn"] <= 1 and row["n"] == 50 for row in rows.values())
     # Two blocks: output, mean and class token of each, the last blocks side by side.
     assert (
-        "heads       72 = 6 views x 6 lrs (0.001, 0.003, 0.01, 0.03, 0.1, 0.3) x 2 weight"
+        "heads       90 = 6 views x 3 lrs (0.03, 0.1, 0.3) x 5 penalties (0.01, 0.1, 1, 10, 100)"
         in printed
+    )
+    # Ten folds of at least one of each class are not 500 of 150: all are held out once.
+    assert re.search(
+        r"on 1\d\d training samples held out in \d+ folds;\s+trained.* all 150", printed
     )
     assert "50 test images, 150 labelled" in printed
     assert found["data"]["labelled"] == 150
@@ -205,13 +244,35 @@ def test_few_labels_and_seeds(
     assert f"50 test images, {labelled} labelled" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("lr", "told"), [(0.001, True), (0.01, False), (0.1, True)])
-def test_the_grids_edge_is_told(lr: float, told: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    sweep = LinearSweep((0.1, 0.001, 0.01), min_steps=60)
-    audit(sweep, [Head("output", lr, 0.0, 0.5, 1.0)], views=1, fitted=100, held=10)
+def heads_of(losses: list[float], accuracies: list[float]) -> list[Head]:
+    """At learning rates .001, .01 and .1, ranked."""
+    heads = zip((0.001, 0.01, 0.1), accuracies, losses, strict=True)
+    return sorted((Head("output", lr, 1.0, a, x) for lr, a, x in heads), key=lambda h: h.loss)
+
+
+@pytest.mark.parametrize(
+    ("losses", "accuracies", "told"),
+    [
+        ([0.9, 1.0, 1.1], [0.7, 0.6, 0.5], "lr 0.001"),
+        ([1.1, 1.0, 0.9], [0.5, 0.6, 0.7], "lr 0.1"),
+        ([1.0, 0.9, 1.0], [0.7, 0.6, 0.7], None),
+        ([0.99, 1.0, 1.1], [0.7, 0.6, 0.5], None),  # hardly better
+        ([0.9, 1.0, 1.1], [0.6, 0.6, 0.5], None),  # no more of them right
+    ],
+)
+def test_the_grids_edge_is_told_where_it_matters(
+    losses: list[float],
+    accuracies: list[float],
+    told: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sweep = LinearSweep((0.1, 0.001, 0.01), (1.0,), min_steps=60)
+    audit(sweep, heads_of(losses, accuracies), views=1, labelled=110, held=[10, 10])
     printed = capsys.readouterr().out
-    assert (f"WARNING     lr {lr:g} lies on the edge" in printed) is told
+    assert ("WARNING" in printed) is (told is not None)
+    assert told is None or f"WARNING     {told} lies on the edge" in printed
     assert "batch 100, 60 steps\n              (60 epochs)" in printed
+    assert "on 20 training samples held out in 2 folds;\n" in printed
 
 
 @pytest.mark.parametrize(
@@ -265,7 +326,7 @@ def test_two_processes_give_what_one_gives(
             "60",
             "--sweep.lrs",
             "[0.003,0.01,0.1]",
-            "--sweep.weight_decays",
+            "--sweep.penalties",
             "[0.3]",
         ]
         if verb == "probe"

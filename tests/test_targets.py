@@ -73,6 +73,11 @@ def test_r2_by_hand_and_standardised_on_the_training_set(tmp_path: Path, data: S
     train = targets.rows[index.labels()]
     assert float(train.mean()) == pytest.approx(0, abs=1e-6)
     assert float(train.std()) == pytest.approx(1)
+    values = torch.tensor([[3.0 + 5 * label] for _, label in keys(data)])
+    assert targets.mean == pytest.approx([float(values[: len(data.index)].mean())])
+    assert targets.std == pytest.approx([float(values[: len(data.index)].std())])
+    back = torch.tensor(targets.mean) + torch.tensor(targets.std) * targets.rows
+    assert torch.allclose(back, values, atol=1e-4)
     labels = torch.arange(4)
     rows = targets.rows[labels]
     predicted = rows + torch.tensor([[0.5], [-0.5], [0.0], [0.0]])
@@ -146,4 +151,9 @@ def test_through_the_command_line(
     result = json.loads((tmp_path / "run/results.json").read_text())["finetune"]
     assert result["n"] == 50
     assert result[figure] > least
+    assert ("target_mean" in result) is (task == "regression")
+    if task == "regression":
+        digits = torch.tensor([float(digit) for _, digit in keys(data)])[: len(data.index)]
+        assert result["target_mean"] == pytest.approx([float(digits.mean())])
+        assert result["target_std"] == pytest.approx([float(digits.std())])
     assert f"{figure} on held-out images" in capsys.readouterr().out

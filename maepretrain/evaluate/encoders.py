@@ -46,7 +46,8 @@ def load_encoder(spec: str, data: ShardData | None = None) -> nn.Module:
     """The pretrained encoder that `spec` names, for images as `data` gives them.
 
     Args:
-        spec: a RUN folder (weights of its last.ckpt); one of its checkpoints; a consolidated
+        spec: a RUN folder of pretraining or fine-tuning (weights of its last.ckpt, averaged ones
+            where it kept them); one of its checkpoints; a consolidated
             DeepSpeed file in the run's folder or one folder below; what `maepretrain export`
             wrote, as folder or file; an official MAE .pth; a Hugging Face ViTMAE folder; timm:NAME
             (timm's weights where they are on this machine, otherwise random, which is said) or
@@ -97,6 +98,14 @@ def require_blocks(encoder: nn.Module, purpose: str) -> None:
 
 
 @dataclass(frozen=True)
+class _Images:
+    """What an encoder asks of its data: the shape (c, h, w) of the images."""
+
+    shape: tuple[int, ...]
+    channels: int
+
+
+@dataclass(frozen=True)
 class _Found:
     """An encoder that is there but not made yet.
 
@@ -111,14 +120,13 @@ class _Found:
     weights: Callable[[], Weights] | None = None
 
 
-def _find(spec: str, data: ShardData | None, random: bool = False) -> _Found:
+def _find(spec: str, data: ShardData | _Images | None, random: bool = False) -> _Found:
     if spec.startswith("timm:"):
         return _Found(lambda: _timm(spec.removeprefix("timm:"), data, random))
     path = _locate(spec)
     if path.is_file():
         return _of_file(path)
-    last = path / "checkpoints" / "last.ckpt"
-    return _of_config(_read_config(path), lambda: read_weights(last))
+    return _of_run(path, path / "checkpoints" / "last.ckpt")
 
 
 def _locate(spec: str) -> Path:
@@ -148,11 +156,44 @@ def _of_file(path: Path) -> _Found:
         return _Found(lambda: _masked_autoencoder(arguments, path), None, lambda: weights)
     run = run_of(str(path))
     if run is not None:
-        return _of_config(_read_config(run), lambda: weights)
+        return _of_run(run, path)
     try:
         return _Found(lambda: official_model(weights), None, lambda: weights)
     except ValueError as error:
         raise ValueError(f"encoder {path}: {error}") from error
+
+
+def _of_run(run: Path, file: Path) -> _Found:
+    """The model of a pretraining run, or the encoder of a fine-tuning run, whose architecture is
+    that of the encoder it began with."""
+    config = _mapping(run / "config.yaml")
+    if "model" not in config and "encoder" not in config:
+        raise ValueError(
+            f"{run} is no pretraining run, nor a fine-tuning one: its config.yaml has neither "
+            "model nor encoder"
+        )
+    if "model" in config:
+        return _of_config(_read_config(run), lambda: read_weights(file))
+    sizes = config["data"]
+    side = sizes["image_size"]
+    shape = (sizes["channels"], *([side, side] if isinstance(side, int) else side))
+    data = _Images(shape, shape[0])
+    try:
+        origin = _find(str(config["encoder"]), data, random=True)
+    except ValueError as error:
+        raise ValueError(f"{run} was fine-tuned from {config['encoder']}: {error}") from error
+    return _Found(lambda: _fit(origin.make(), origin, data), shape, lambda: _tuned(file))
+
+
+def _tuned(file: Path) -> Weights:
+    """The encoder in a checkpoint of fine-tuning: the average of its weights where there is one."""
+    weights = read_weights(file)
+    if file.suffix != ".ckpt":
+        return weights
+    state = torch.load(file, map_location="cpu", weights_only=True).get("state_dict", {})
+    prefix = "ema.module.model."
+    averaged = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return averaged or weights
 
 
 def _masked_autoencoder(arguments: dict[str, Any], path: Path) -> MaskedAutoencoder:
@@ -210,7 +251,7 @@ def _load(model: nn.Module, weights: Weights, spec: str) -> None:
         raise ValueError(f"encoder {spec}: {error}") from error
 
 
-def _fit(model: nn.Module, found: _Found, data: ShardData | None) -> nn.Module:
+def _fit(model: nn.Module, found: _Found, data: ShardData | _Images | None) -> nn.Module:
     """The model for images of the data's size.
 
     Raises:
@@ -316,7 +357,7 @@ class TimmViT(TimmEncoder):
         return self.encoder.num_prefix_tokens
 
 
-def _timm(name: str, data: ShardData | None, random: bool) -> nn.Module:
+def _timm(name: str, data: ShardData | _Images | None, random: bool) -> nn.Module:
     name, _, query = name.partition("?")
     if query not in ("", "pretrained"):
         raise ValueError(f"timm:{name}?{query}: what may follow a name is ?pretrained")

@@ -3,7 +3,6 @@ full fine-tuning and training from scratch differ in their head and in what of t
 trained."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -122,13 +121,12 @@ def finetune(
         origin = f"architecture of {encoder}, from scratch" if scratch else f"encoder {encoder}"
         what = f"{count} classes" if table is None else f"{task} of {count}"
         say(f"classifier    {what}, {len(data.index):,} labelled images, {origin}")
-        began, last = time.perf_counter(), LastCheckpoint(folder, checkpoint_every_steps)
+        last = LastCheckpoint(folder, checkpoint_every_steps)
         ended, engine = fit(module, data, arguments, folder, [], last)
-        minutes = (time.perf_counter() - began) / 60
         if ended and data.val_index is not None:
             # Of the final weights, whenever the last validation was.
             engine.validate(module, data, verbose=False)
-            about = {"encoder": encoder, "scratch": scratch, "seed": seed, "minutes": minutes}
+            about = {"encoder": encoder, "scratch": scratch, "seed": seed}
             _report(run, module, data, engine, about)
     return ended
 
@@ -174,13 +172,18 @@ def _report(
 ) -> None:
     """results.json, and the table for people."""
     trained = sum(p.requires_grad for p in module.model.parameters())
-    speed = next(c for c in engine.callbacks if isinstance(c, Throughput)).img_per_s
+    seconds = next(c for c in engine.callbacks if isinstance(c, Throughput)).seconds
+    images = module.steps * module.global_batch
     epochs = module.steps / module.steps_per_epoch
     recipe = f"{module.head.kind} head, {trained} encoder tensors trained, {epochs:.4g} epochs"
     if module.ema is not None:
         recipe += f", averaged weights ({module.ema.decay})"
     result = module.scores | about
-    result |= {"labels": len(data.index), "recipe": recipe, "img_per_s": speed}
+    result |= {"labels": len(data.index), "recipe": recipe}
+    result |= {"minutes": seconds / 60, "img_per_s": images / max(seconds, 1e-9)}
+    if module.targets is not None and module.targets.task == "regression":
+        # A prediction in the targets' own units is mean + std * output.
+        result |= {"target_mean": module.targets.mean, "target_std": module.targets.std}
     path = write_results(run, "finetune", result)
     if module.targets is None:
         draw(run / "pictures", data, module.logits_of_all, module.truth_of_all)

@@ -38,6 +38,7 @@ class LabelledSets:
         per_class: as many training labels of every class.
         seed: the first seed.
         seeds: how many; each has its own choice of labels.
+        purpose: what needs them, for messages.
 
     Raises:
         ValueError: no test shards, no labels, labels of the test set that training does not know,
@@ -45,14 +46,20 @@ class LabelledSets:
     """
 
     def __init__(
-        self, data: ShardData, fraction: float, per_class: int | None, seed: int, seeds: int
+        self,
+        data: ShardData,
+        fraction: float,
+        per_class: int | None,
+        seed: int,
+        seeds: int,
+        purpose: str = "a probe",
     ) -> None:
         if seeds < 1:
             raise ValueError(f"seeds {seeds} must be at least 1")
         if data.val_index is None:
             raise ValueError("there are no held-out shards to test on: set --data.val")
-        labels = data.index.require_labels("a probe")
-        truth = data.val_index.require_labels("a probe")
+        labels = data.index.require_labels(purpose)
+        truth = data.val_index.require_labels(purpose)
         if not len(tested := (truth >= 0).nonzero().flatten()):
             raise ValueError("no test sample has a label >= 0")
         self.classes, self.seeds = count_classes(labels, truth), range(seed, seed + seeds)

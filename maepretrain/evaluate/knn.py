@@ -60,7 +60,7 @@ def knn(
     Raises:
         ValueError: no encoder, no labels, no test shards, no folder for the results.
     """
-    sets = LabelledSets(data, label_fraction, labels_per_class, seed, seeds)
+    sets = LabelledSets(data, label_fraction, labels_per_class, seed, seeds, "k-NN")
     frozen = Frozen("knn", encoder, data, sets, out, cache, batch)
     with Processes() as processes:
         for row, views in frozen.views(processes.device, baselines):

@@ -72,41 +72,53 @@ def choose_labels(
             else "no sample has a label >= 0"
         )
     return _of_every_class(
-        labels, seed, "labels", lambda n: per_class or max(1, round(fraction * n))
+        labels, seed, "labels", lambda n: slice(per_class or max(1, round(fraction * n)))
     )
 
 
-def split_for_choosing(
-    labels: Int64[Tensor, "n"], share: float = 0.1, seed: int = 0
-) -> tuple[Int64[Tensor, "f"], Int64[Tensor, "c"]]:
-    """Numbers to fit on and numbers to choose settings on: a class-balanced validation split of a
-    training set.
+def folds_for_choosing(
+    labels: Int64[Tensor, "n"], share: float = 0.1, seed: int = 0, enough: int = 500
+) -> list[tuple[Int64[Tensor, "f"], Int64[Tensor, "c"]]]:
+    """Numbers to fit on and numbers to choose settings on: class-balanced validation splits of a
+    training set whose second parts are disjoint.
 
-    A class gives `share` of its samples, at least one where it has two; a single sample stays with
-    those to fit on.
+    A class gives `share` of its samples to each, at least one where it has two; a single sample
+    stays with those to fit on. There are as many splits as it takes until `enough` samples were
+    held out, or every one was.
 
     Raises:
         ValueError: a share outside (0, 1), or no class that has two samples.
     """
     if not 0 < share < 1:
         raise ValueError(f"share {share} to choose on must be between 0 and 1")
-    chosen = _of_every_class(labels, seed, "choose", lambda n: min(n - 1, max(1, round(share * n))))
-    if not len(chosen):
+    folds: list[tuple[Tensor, Tensor]] = []
+    while sum(len(held) for _, held in folds) < enough:
+        fold = len(folds)
+
+        def part(n: int, fold: int = fold) -> slice:
+            size = min(n - 1, max(1, round(share * n)))
+            return slice(fold * size, (fold + 1) * size)
+
+        chosen = _of_every_class(labels, seed, "choose", part)
+        if not len(chosen):
+            break
+        fitted = labels >= 0
+        fitted[chosen] = False
+        folds.append((fitted.nonzero().flatten(), chosen))
+    if not folds:
         raise ValueError(
             "no class has two labelled samples: there is none to choose the settings on"
         )
-    fitted = labels >= 0
-    fitted[chosen] = False
-    return fitted.nonzero().flatten(), chosen
+    return folds
 
 
 def _of_every_class(
-    labels: Int64[Tensor, "n"], seed: int, stream: str, count: Callable[[int], int]
+    labels: Int64[Tensor, "n"], seed: int, stream: str, part: Callable[[int], slice]
 ) -> Int64[Tensor, "m"]:
-    """Of every class with n samples, `count(n)` of them."""
+    """Of every class with n samples the `part(n)` of their permutation."""
     chosen = [torch.empty(0, dtype=torch.int64)]
     for label in labels[labels >= 0].unique().tolist():
         numbers = (labels == label).nonzero().flatten()
         order = permutation(seed, stream, len(numbers), label)
-        chosen.append(numbers[order[: count(len(numbers))]])
+        chosen.append(numbers[order[part(len(numbers))]])
     return torch.cat(chosen).sort().values

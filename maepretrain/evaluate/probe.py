@@ -17,9 +17,9 @@ from maepretrain.distributed import say
 from maepretrain.evaluate.encoders import evaluation_parser
 from maepretrain.evaluate.features import FeatureFiles, Processes
 from maepretrain.evaluate.frozen import Frozen, LabelledSets, Outcome, Rows
-from maepretrain.evaluate.heads import Head, LinearSweep, predictions, ranked
+from maepretrain.evaluate.heads import Head, LinearSweep, pooled, predictions
 from maepretrain.evaluate.knn import vote_on_test
-from maepretrain.evaluate.labels import split_for_choosing
+from maepretrain.evaluate.labels import folds_for_choosing
 from maepretrain.evaluate.neighbours import NeighbourSweep
 from maepretrain.evaluate.results import scores, spread
 from maepretrain.evaluate.views import Pool
@@ -42,9 +42,9 @@ def probe(
     batch: int = 256,
     cache: Path | None = None,
 ) -> Rows:
-    """Linear probe and k-NN of frozen features: heads for every view of the features and learning
-    rate are trained at once, the best is chosen on a part of the training set, trained again on all
-    of it and tested once. Figures go to OUT/results.json, pictures to OUT/pictures.
+    """Linear probe and k-NN of frozen features: heads for every view of the features and setting
+    are trained at once, the best is chosen on held-out parts of the training set, trained again on
+    all of it and tested once. Figures go to OUT/results.json, pictures to OUT/pictures.
 
     Args:
         encoder: a run folder, a file of weights, or timm:NAME.
@@ -72,7 +72,7 @@ def probe(
         ValueError: no encoder, no labels, no test shards, no folder for the results, a
             batch larger than the set.
     """
-    sets = LabelledSets(data, label_fraction, labels_per_class, seed, seeds)
+    sets = LabelledSets(data, label_fraction, labels_per_class, seed, seeds, "a probe")
     frozen = Frozen("probe", encoder, data, sets, out, cache, batch)
     with Processes() as processes:
         for row, views in frozen.views(processes.device, baselines, pools, blocks):
@@ -106,7 +106,7 @@ def _probe_once(
     seed: int,
     processes: Processes,
 ) -> Outcome:
-    """Choose the head on a part of the training set, train it on all of it, test it."""
+    """Choose the head on parts of the training set, train it on all of it, test it."""
     ranking = _compare(sweep, bank, choice, classes, seed, processes)
     best = ranking[0]
     final = sweep.fit(
@@ -115,13 +115,13 @@ def _probe_once(
         bank.labels[choice],
         classes,
         seed,
-        ((best.lr, best.weight_decay),),
+        ((best.lr, best.penalty),),
         processes.device,
     )
     answers = predictions(final, lambda i: test.rows(i, best.view), len(test))
     logits = torch.cat([y[best.view][:, 0].cpu() for _, y in answers])
     confidence, predicted = logits.softmax(1).max(1)
-    chosen = {"view": best.view, "lr": best.lr, "weight_decay": best.weight_decay}
+    chosen = {"view": best.view, "lr": best.lr, "penalty": best.penalty}
     chosen |= {"accuracy_choosing": best.accuracy}
     return Outcome(scores(logits, test.labels, classes), predicted, confidence, best.view, chosen)
 
@@ -134,17 +134,19 @@ def _compare(
     seed: int,
     processes: Processes,
 ) -> list[Head]:
-    """All heads, fitted on a part of the training set and ranked on the rest, the best first.
+    """All heads, fitted on a part of the training set and ranked on the rest, the best first; on
+    several such splits where the rest is small.
 
     The settings are shared out over the processes; no head knows of another, so the number
     of processes changes nothing.
     """
-    fit, hold = split_for_choosing(bank.labels[choice], sweep.choose_on, seed)
-    fitted, held = choice[fit], choice[hold]
-    found: list[Head] = []
-    if settings := sweep.settings[processes.rank :: processes.world_size]:
+    folds = folds_for_choosing(bank.labels[choice], sweep.choose_on, seed, sweep.choose_on_samples)
+    settings = sweep.settings[processes.rank :: processes.world_size]
+    found: list[tuple[int, list[Head]]] = []
+    for fit, hold in folds if settings else []:
+        fitted, held = choice[fit], choice[hold]
         heads = sweep.fit(
-            lambda i: bank.rows(fitted[i]),
+            lambda i, fitted=fitted: bank.rows(fitted[i]),
             bank.widths,
             bank.labels[fitted],
             classes,
@@ -152,36 +154,48 @@ def _compare(
             settings,
             processes.device,
         )
-        found = sweep.rank(heads, lambda i: bank.rows(held[i]), bank.labels[held])
-    ranking = ranked([head for part in processes.all(found) for head in part])
-    audit(sweep, ranking, len(bank.widths), len(fitted), len(held))
+        ranking = sweep.rank(heads, lambda i, held=held: bank.rows(held[i]), bank.labels[held])
+        found.append((len(held), ranking))
+    parts = [part for part in processes.all(found) if part]
+    # Fold by fold, the heads of all processes.
+    ranking = pooled(
+        [
+            (each[0][0], [head for _, heads in each for head in heads])
+            for each in zip(*parts, strict=True)
+        ]
+    )
+    audit(sweep, ranking, len(bank.widths), len(choice), [len(hold) for _, hold in folds])
     return ranking
 
 
-def audit(sweep: LinearSweep, ranking: list[Head], views: int, fitted: int, held: int) -> None:
+def audit(
+    sweep: LinearSweep, ranking: list[Head], views: int, labelled: int, held: list[int]
+) -> None:
     """Print what was applied, and whether the grid was wide enough.
 
     Args:
         sweep: how the heads were trained.
         ranking: all heads, the best first.
         views: of the features.
-        fitted: samples that the heads were fitted on.
-        held: samples that they were ranked on.
+        labelled: samples of the training set.
+        held: how many of them each fold held out to rank on.
     """
-    best, (batch, steps) = ranking[0], sweep.length(fitted)
-    lrs, decays = (", ".join(f"{x:g}" for x in grid) for grid in (sweep.lrs, sweep.weight_decays))
+    best, fitted = ranking[0], labelled - held[0]
+    batch, steps = sweep.length(fitted)
+    lrs, penalties = (", ".join(f"{x:g}" for x in grid) for grid in (sweep.lrs, sweep.penalties))
+    folds = f" in {len(held)} folds" if len(held) > 1 else ""
     say(
         f"  heads       {len(ranking)} = {views} views x {len(sweep.lrs)} lrs ({lrs}) x "
-        f"{len(sweep.weight_decays)} weight decays ({decays})\n"
-        f"  training    features standardised by {fitted:,} samples, AdamW, batch {batch}, "
+        f"{len(sweep.penalties)} penalties ({penalties})\n"
+        f"  training    features standardised by {fitted:,} samples, Adam, batch {batch}, "
         f"{steps:,} steps\n              "
         f"({steps / math.ceil(fitted / batch):.4g} epochs), cosine to 0\n"
-        f"  chosen      {best.view}, lr {best.lr:g}, weight decay {best.weight_decay:g}: "
-        f"{best.accuracy:.4f} on {held:,} training samples held out;\n"
-        f"              trained again on all {fitted + held:,}"
+        f"  chosen      {best.view}, lr {best.lr:g}, penalty {best.penalty:g}: "
+        f"{best.accuracy:.4f} on {sum(held):,} training samples held out{folds};\n"
+        f"              trained again on all {labelled:,}"
     )
-    if len(sweep.lrs) > 1 and best.lr in (sweep.lrs[0], sweep.lrs[-1]):
-        say(f"  WARNING     lr {best.lr:g} lies on the edge of the grid: widen --sweep.lrs")
+    for edge in sweep.edges(ranking):
+        say(f"  WARNING     {edge}")
 
 
 def probe_parser(parser: Any) -> Any:

@@ -53,6 +53,8 @@ class Targets(nn.Module):
         except ValueError as error:
             raise ValueError(f"targets {path}: {error}") from error
         self.register_buffer("rows", rows, persistent=False)
+        # Of the values as they are in the file: value = mean + std * what is predicted.
+        self.mean, self.std = [0.0] * rows.shape[1], [1.0] * rows.shape[1]
 
     @property
     def outputs(self) -> int:
@@ -79,11 +81,15 @@ class Targets(nn.Module):
         return RowIndex(index.shards, self.row)
 
     def standardise(self, index: ShardIndex) -> None:
-        """Values of a regression to mean 0 and variance 1 over these samples: heads start at 0."""
+        """Values of a regression to mean 0 and variance 1 over these samples: heads start at 0.
+
+        What they were stays in `mean` and `std`."""
         if self.task == "regression":
             trained = self.rows[index.labels()]
-            std = trained.std(0)
-            self.rows.sub_(trained.mean(0)).div_(torch.where(std > 0, std, 1.0))
+            mean, std = trained.mean(0), trained.std(0)
+            std = torch.where(std > 0, std, 1.0)
+            self.rows.sub_(mean).div_(std)
+            self.mean, self.std = mean.tolist(), std.tolist()
 
     def loss(self, logits: Float[Tensor, "b k"], labels: Int64[Tensor, "b"]) -> Tensor:
         """Mean binary cross-entropy or squared error."""

@@ -46,8 +46,9 @@ def one_line(message: str) -> str:
     return " ".join(message.split())
 
 
-def make_parser(verb: str) -> Any:
-    """A jsonargparse parser with `-c` whose errors are one line."""
+def make_parser(verb: str, config: bool = True) -> Any:
+    """A jsonargparse parser whose errors are one line; with `-c` for its options, unless `config`
+    is False."""
     from jsonargparse import ArgumentParser
     from jsonargparse._actions import ActionConfigFile
 
@@ -60,12 +61,9 @@ def make_parser(verb: str) -> Any:
             super().__call__(parser, cfg, str(find_config(value)), option)
 
     parser = OneLineParser(prog=f"maepretrain {verb}")
-    parser.add_argument(
-        "-c",
-        "--config",
-        action=ConfigByName,
-        help="a YAML file or a shipped config; later ones win",
-    )
+    if config:
+        words = "a YAML file or a shipped config; later ones win"
+        parser.add_argument("-c", "--config", action=ConfigByName, help=words)
     return parser
 
 

@@ -30,6 +30,7 @@ maepretrain VERB [OPTIONS]     pretrain masked autoencoders from WebDataset shar
   knn --encoder RUN            k-nearest-neighbour classification of the same features
   finetune --encoder RUN       train the encoder and a classifier on labels
   embed --encoder RUN          write the features of images, with their keys, to a file
+  compare -c CONFIG...         train several models for equal CPU time, and judge them alike
   export --encoder RUN         the encoder for timm, Hugging Face or the official code
 
   An encoder is a RUN folder, a file of weights, or timm:NAME.
@@ -128,6 +129,13 @@ def _export(argv: list[str]) -> int:
     return export_command(argv)
 
 
+def _compare(argv: list[str]) -> int:
+    check_torch_pair()
+    from maepretrain.compare import compare_command
+
+    return compare_command(argv)
+
+
 def _configs(argv: list[str]) -> int:
     for name in shipped_configs():
         first = (configs_folder() / f"{name}.yaml").read_text().splitlines()[0]
@@ -145,6 +153,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "knn": _knn,
     "embed": _embed,
     "finetune": _finetune,
+    "compare": _compare,
     "export": _export,
     "configs": _configs,
 }

@@ -11,7 +11,22 @@ from torch import nn
 from maepretrain.arguments import allow_bare_flags, make_parser
 from maepretrain.data.module import ShardData
 from maepretrain.distributed import is_rank_zero, quiet_lightning
-from maepretrain.models.mae import MaskedAutoencoder  # noqa: F401  a short class name for configs
+
+# Short class names for configs.
+from maepretrain.models.adversarial import Adversarial  # noqa: F401
+from maepretrain.models.autoencoder import Autoencoder  # noqa: F401
+from maepretrain.models.coders import Convolutional, Dense  # noqa: F401
+from maepretrain.models.contractive import Contractive  # noqa: F401
+from maepretrain.models.denoising import Denoising  # noqa: F401
+from maepretrain.models.generative_stochastic import GenerativeStochastic  # noqa: F401
+from maepretrain.models.helmholtz import Helmholtz  # noqa: F401
+from maepretrain.models.mae import MaskedAutoencoder  # noqa: F401
+from maepretrain.models.predictive_sparse import PredictiveSparse  # noqa: F401
+from maepretrain.models.recirculation import Recirculation  # noqa: F401
+from maepretrain.models.semantic_hashing import SemanticHashing  # noqa: F401
+from maepretrain.models.sparse import Sparse  # noqa: F401
+from maepretrain.models.stacked import Stacked  # noqa: F401
+from maepretrain.models.variational import Variational  # noqa: F401
 from maepretrain.optim import Optimization
 from maepretrain.pretrain import pretrain
 
@@ -60,8 +75,11 @@ def pretrain_parser(parser: ArgumentParser) -> ArgumentParser:
         ("data.image_size", "image_size"),
         ("data.channels", "channels"),
         ("seed", "seed"),
+        ("seed", "layer.init_args.seed"),
     ):
         parser.link_arguments(source, f"model.init_args.{target}")
+    for name in ("image_size", "channels"):
+        parser.link_arguments(f"data.{name}", f"model.init_args.coder.init_args.{name}")
     return parser
 
 

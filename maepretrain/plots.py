@@ -16,23 +16,31 @@ from torch import Tensor
 
 
 def reconstruction_grid(rows: list[Tensor], names: list[str], path: Path) -> np.ndarray:
-    """Draw rows of images side by side, one row a kind, and save them as PNG.
+    """Draw rows of images or signals side by side, one row a kind, and save them as PNG.
 
     Args:
-        rows: for each name (n, c, h, w) pixels in 0..1, on the CPU.
+        rows: for each name (n, c, h, w) pixels in 0..1, or (n, c, t) signals of any range, of which
+            each column has its own; on the CPU.
         names: what stands left of each row.
         path: where the PNG goes; its folder is made.
 
     Returns:
         The picture, uint8 (height, width, 3).
     """
-    n, _, h, w = rows[0].shape
-    figure = Figure(figsize=(1.1 + n, len(rows) * h / w), dpi=max(100, w), layout="constrained")
+    n, signals = len(rows[0]), rows[0].ndim == 3
+    # Signals are drawn two inches wide, images one inch.
+    h, w = (50, 100) if signals else rows[0].shape[2:]
+    side = 2 if signals else 1
+    size = (1.1 + side * n, side * len(rows) * h / w)
+    figure = Figure(figsize=size, dpi=max(100, w), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), n, squeeze=False)
+    axes = figure.subplots(len(rows), n, squeeze=False, sharey="col" if signals else "none")
     for row, name, line in zip(rows, names, axes, strict=True):
         for image, ax in zip(row, line, strict=True):
-            _show(ax, image)
+            if signals:
+                ax.plot(image.T.numpy(), linewidth=0.8)
+            else:
+                _show(ax, image)
             ax.set(xticks=[], yticks=[])
             for spine in ax.spines.values():
                 spine.set_visible(False)

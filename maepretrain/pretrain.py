@@ -111,6 +111,8 @@ def pretrain(
             cannot be resumed.
     """
     set_threads(threads)
+    if getattr(model, "needs_labels", False):
+        _require_labels(data, type(model).__name__)
     data.allow_reorder = allow_reorder
     arguments = in_steps(trainer, data.order.steps_per_epoch)
     callbacks: list[L.Callback] = []
@@ -128,6 +130,14 @@ def pretrain(
             model.compile()
         module = Pretrain(model, optim, data, arguments["max_steps"], seed)
         return fit(module, data, arguments, folder, callbacks, last)[0]
+
+
+def _require_labels(data: ShardData, purpose: str) -> None:
+    """A model that reads `label` gets samples whose label can be used, and no others."""
+    for index in (data.index, data.val_index):
+        if index is not None:
+            index.require_labels(purpose)
+    data.labelled = True
 
 
 def _best(run: Path) -> ModelCheckpoint:

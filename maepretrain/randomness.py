@@ -6,6 +6,7 @@ and Flood 2014), written in int64 tensor operations that wrap, so that CPU and G
 bit. Nothing here may change between releases: a resume relies on it.
 """
 
+import math
 import zlib
 from functools import lru_cache
 
@@ -54,6 +55,18 @@ def uniform(seed: int, stream: str, position: Int64[Tensor, "b"], n: int) -> Flo
     sample = mix(position ^ key(seed, stream))[:, None]
     bits = mix(sample + torch.arange(n, device=position.device))
     return _shift_right(bits, 40).float() * 2.0**-24
+
+
+def normal(seed: int, stream: str, position: Int64[Tensor, "b"], n: int) -> Float[Tensor, "b n"]:
+    """`n` float32 numbers of the standard normal distribution for each sample, on the device of
+    `position`.
+
+    From (seed, stream, position) alone: sqrt(-2 log u) cos(2 pi v) of two uniform numbers (Box and
+    Muller 1958), none beyond 5.8. The bits behind are equal on every device, the logarithm and the
+    cosine are as the device rounds them.
+    """
+    u, v = uniform(seed, stream, position, 2 * n).split(n, 1)
+    return (-2 * torch.log1p(-u)).sqrt() * (2 * math.pi * v).cos()
 
 
 def permutation(seed: int, stream: str, n: int, *place: int) -> Int64[Tensor, "n"]:

@@ -44,9 +44,10 @@ class Normalise(nn.Module):
         return (values - mean) / std
 
     def undo(self, x: Float[Tensor, "b c *size"]) -> Float[Tensor, "b c *size"]:
-        """Pixels in 0..1 again."""
+        """Pixels in 0..1 again; signals in their own range."""
         mean, std = self._channelwise(x.ndim)
-        return (x * std + mean).clamp(0, 1)
+        values = x * std + mean
+        return values.clamp(0, 1) if x.ndim == 4 else values
 
     def _channelwise(self, dimensions: int) -> tuple[Tensor, Tensor]:
         shape = (-1, *[1] * (dimensions - 2))

@@ -1,0 +1,34 @@
+"""Shared by the tests of the autoencoder family: real digits as tensors, and training without
+Lightning."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from maepretrain.quickstart import digits
+
+
+def digit_images() -> tuple[Float[Tensor, "n 1 8 8"], Float[Tensor, "m 1 8 8"]]:
+    """Scikit-learn's digits in 0..1: 1,437 to train on and 360 held out."""
+    train, test = (torch.from_numpy(part.images).float()[:, None] / 255 for part in digits())
+    return train, test
+
+
+def fit(
+    model: nn.Module, images: Float[Tensor, "n c *size"], steps: int, lr: float, batch: int = 100
+) -> list[float]:
+    """Train with Adam on batches drawn without replacement; the losses."""
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    generator = torch.Generator().manual_seed(0)
+    losses, order = [], torch.empty(0, dtype=torch.int64)
+    for step in range(steps):
+        if len(order) < batch:
+            order = torch.randperm(len(images), generator=generator)
+        chosen, order = order[:batch], order[batch:]
+        position = torch.arange(step * batch, (step + 1) * batch)[: len(chosen)]
+        loss = model({"input": images[chosen], "position": position})["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

@@ -14,9 +14,6 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from maepretrain.arguments import UserError, allow_bare_flags, find_config, make_parser
@@ -26,7 +23,7 @@ from maepretrain.evaluate.encoders import OF_TRAINING, load_encoder
 from maepretrain.evaluate.features import embed
 from maepretrain.evaluate.finetune import finetune, finetune_parser
 from maepretrain.evaluate.probe import probe, probe_parser
-from maepretrain.evaluate.results import spread, write_results
+from maepretrain.evaluate.results import print_columns, spread, write_results
 from maepretrain.experiments import pretrain_parser, run_experiment
 from maepretrain.plots import reconstruction_grid
 from maepretrain.pretrain import pretrain
@@ -278,17 +275,8 @@ def print_comparison(rows: dict[str, dict[str, Any]], budget: Budget) -> None:
         rows: figures of each config, as `compare` returns them.
         budget: of each pretraining.
     """
-    table = Table(box=box.SIMPLE, padding=0, collapse_padding=True)
-    table.add_column("config", no_wrap=True)
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, row in rows.items():
-        table.add_row(name, *(_cell(row, key) for key in COLUMNS))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # rich takes 80 columns for a log, and cuts
-    console.print(f"{budget}; mean ± spread over seeds")
-    console.print(table)
+    print(f"{budget}; mean ± spread over seeds")
+    print_columns("config", COLUMNS, rows, _cell)
 
 
 def _cell(row: dict[str, Any], key: str) -> str:

@@ -21,6 +21,8 @@ OVERLAYS = {
     "eval/few_labels": "eval/finetune_fashion_mnist",
     "eval/from_scratch": "eval/finetune_fashion_mnist",
     "eval/attentive_probe": "eval/linear_probe",
+    "eval/attentive_fashion_mnist": "eval/finetune_fashion_mnist",
+    "eval/partial_fashion_mnist": "eval/finetune_fashion_mnist",
     "eval/partial": "eval/finetune_vit_large",
     "eval/probe_few_labels": "eval/probe_fashion_mnist",
     **{f"eval/official_{size}": f"eval/finetune_vit_{size}" for size in SIZES},

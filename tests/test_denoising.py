@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from family import digit_images, fit
 from scipy.ndimage import median_filter
+from small import digit_images, fit
 from test_pretrain import assert_close_weights, column
 from torch import Tensor
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import save_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -198,6 +199,21 @@ def test_a_run_gives_the_weights_of_its_last_checkpoint(
             assert model.state_dict().keys() == {k.removeprefix("model.") for k in saved}
             for name, value in model.state_dict().items():
                 assert torch.equal(value, saved[f"model.{name}"])
+
+
+def test_another_normalisation_than_the_runs_is_said(
+    run: Path, data: Callable[..., ShardData], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = data()
+    own = yaml.safe_load((run / "config.yaml").read_text())["data"]
+    given.mean, given.std = tuple(own["mean"]), tuple(own["std"])
+    load_encoder(str(run), given)
+    assert "WARNING" not in capsys.readouterr().out
+    given.std = (0.5,)
+    load_encoder(str(run), given)
+    warning = capsys.readouterr().out
+    assert f"trained on data of mean {own['mean']} and std {own['std']}" in warning
+    assert "and [0.5]" in warning
 
 
 def test_a_run_takes_images_of_another_size(run: Path, data: Callable[..., ShardData]) -> None:

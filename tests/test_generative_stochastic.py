@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from maepretrain.models.coders import Convolutional, Dense
 from maepretrain.models.generative_stochastic import GenerativeStochastic
 from maepretrain.quickstart import digits
+from maepretrain.randomness import uniform
 
 
 @cache
@@ -79,6 +80,18 @@ def test_loss_is_that_of_the_steps_made_by_hand() -> None:
     torch.testing.assert_close(losses["loss"], torch.stack(errors).mean())
     torch.testing.assert_close(losses["first_step"], errors[0])
     torch.testing.assert_close(losses["last_step"], errors[2])
+    # No gradient goes from a step to the one before.
+    weight = model.coder.encoder[0].weight  # type: ignore
+    (mine,) = torch.autograd.grad(torch.stack(errors).mean(), weight)
+    (theirs,) = torch.autograd.grad(losses["loss"], weight)
+    torch.testing.assert_close(theirs, mine)
+
+
+def test_sample_is_the_end_of_chains_from_uniform_noise() -> None:
+    model = make(likelihood="gaussian", low=-1.0, high=2.0)
+    start = 3 * uniform(7, "start", torch.arange(5), 64).view(5, 1, 8, 8) - 1
+    assert -1 <= float(start.min()) < -0.8 and 1.8 < float(start.max()) <= 2
+    torch.testing.assert_close(model.sample(5, 3, seed=7), model.chain(start, 3, seed=7)[-1])
 
 
 def test_noise_is_a_function_of_seed_position_and_step() -> None:
@@ -88,6 +101,9 @@ def test_noise_is_a_function_of_seed_position_and_step() -> None:
     torch.testing.assert_close(first[1:], model._noisy_code(x[1:], position[1:], 0, 0))
     for other in ((position + 1, 0, 0), (position, 1, 0), (position, 0, 1)):
         assert not torch.allclose(first, model._noisy_code(x, *other), atol=0.01)
+    # A step of one seed is no step of the next.
+    later, other = model._noisy_code(x, position, 1, 0), model._noisy_code(x, position, 0, 1)
+    assert not torch.allclose(later, other, atol=0.01)
     whole = model({"input": x, "position": position})["loss"]
     parts = [model({"input": x[i : i + 1], "position": position[i : i + 1]}) for i in (0, 1)]
     torch.testing.assert_close(whole, torch.stack([part["loss"] for part in parts]).mean())
@@ -109,8 +125,11 @@ def test_contract() -> None:
     model({"input": x, "position": torch.arange(4)})["loss"].backward()
     assert all(p.grad is not None for p in model.parameters())
     drawn = model.reconstruct(x)
-    assert drawn._fields == ("original", "corrupted", "reconstruction", "chain_sample")
+    assert drawn._fields == ("original", "corrupted", "one_step", "reconstruction", "chain_sample")
     assert all(row.shape == x.shape for row in drawn)
+    torch.testing.assert_close(drawn.reconstruction, model.coder.mean(model.encode(x)))
+    code = model._noisy_code(x, torch.arange(4), 0, model.seed)
+    torch.testing.assert_close(drawn.one_step, model.coder.mean(code))
     assert model.encode(x).shape == (4, 16)
     assert model.layers()[-1] == []
     assert "2 steps" in model.summary()["walkback"]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from family import digit_images
+from geometry import along_and_across, fit, shifted
 from sklearn.decomposition import PCA
+from small import digit_images
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,8 +30,6 @@ from maepretrain.models.contractive import Contractive
 from maepretrain.models.denoising import Denoising
 
 EXAMPLE = Path(__file__).parent.parent / "examples/geometry.py"
-sys.path.insert(0, str(EXAMPLE.parent))
-from geometry import along_and_across, fit, shifted  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from itertools import product
 
 import pytest
 import torch
-from family import digit_images, fit
 from halves import assert_halves_average_to_the_whole
+from small import digit_images, fit
 from torch import Tensor, nn
 
 from maepretrain.models.helmholtz import Helmholtz

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from family import digit_images, fit
 from halves import assert_halves_average_to_the_whole
+from small import digit_images, fit
 from torch import Tensor
 
 from maepretrain.models.coders import Dense

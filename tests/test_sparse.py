@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from family import digit_images, fit
+from small import digit_images, fit
 from test_pretrain import assert_close_weights, column
 from torch import distributions
 

@@ -61,6 +61,8 @@ def load_encoder(spec: str, data: ShardData | None = None) -> nn.Module:
             encoder does not take.
     """
     found = _find(spec, data)
+    if data is not None:
+        _compare_normalisation(found, data, spec)
     model = found.make()
     if found.weights is not None:
         _load(model, found.weights(), spec)
@@ -113,11 +115,24 @@ class _Found:
         make: makes it at random initial values.
         shape: (c, h, w) of the images that `make`'s takes; None where it tells itself.
         weights: reads its weights; None where `make` has loaded them, or there are none.
+        normalisation: mean and std of the data that it was trained on, where that is known.
     """
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...] | None = None
     weights: Callable[[], Weights] | None = None
+    normalisation: tuple[list[float], list[float]] | None = None
+
+
+def _compare_normalisation(found: _Found, data: ShardData, spec: str) -> None:
+    """Say where images would look other to the encoder than those that it was trained on."""
+    given = list(data.mean), list(data.std)
+    if found.normalisation is not None and found.normalisation != given:
+        mean, std = found.normalisation
+        say(
+            f"WARNING       {spec} was trained on data of mean {mean} and std {std}; here they are "
+            f"{given[0]} and {given[1]}"
+        )
 
 
 def _find(spec: str, data: ShardData | _Images | None, random: bool = False) -> _Found:
@@ -182,7 +197,10 @@ def _of_run(run: Path, file: Path) -> _Found:
         origin = _find(str(config["encoder"]), data, random=True)
     except ValueError as error:
         raise ValueError(f"{run} was fine-tuned from {config['encoder']}: {error}") from error
-    return _Found(lambda: _fit(origin.make(), origin, data), shape, lambda: _tuned(file))
+    normalisation = list(sizes["mean"]), list(sizes["std"])
+    return _Found(
+        lambda: _fit(origin.make(), origin, data), shape, lambda: _tuned(file), normalisation
+    )
 
 
 def _tuned(file: Path) -> Weights:
@@ -233,7 +251,10 @@ def _of_config(config: Namespace, weights: Callable[[], Weights]) -> _Found:
     size = config.data.image_size
     sides = [size, size] if isinstance(size, int) else size
     return _Found(
-        lambda: parser.instantiate(section).model, (config.data.channels, *sides), weights
+        lambda: parser.instantiate(section).model,
+        (config.data.channels, *sides),
+        weights,
+        (list(config.data.mean), list(config.data.std)),
     )
 
 

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -131,20 +131,41 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
         rows: name of the features -> figures as `spread` gives them (top1, top1_std, ...), with
             `knn`, `seeds`, `recipe`, `minutes` and `img_per_s` where they are known.
     """
-    table = Table(box=box.SIMPLE, padding=0, collapse_padding=True)
-    table.add_column("features", no_wrap=True)
     shown = {k: name for k, name in COLUMNS.items() if any(k in row for row in rows.values())}
-    for heading in shown.values():
+    console = print_columns("features", shown, rows, _cell)
+    for name, row in rows.items():
+        if "recipe" in row:
+            console.print(f"  {name}: {row['recipe']}", highlight=False, markup=False)
+
+
+def print_columns(
+    first: str,
+    columns: dict[str, str],
+    rows: dict[str, dict[str, Any]],
+    cell: Callable[[dict[str, Any], str], str],
+) -> Console:
+    """A table on the terminal or, as wide as it needs to be, in a log.
+
+    Args:
+        first: heading of the rows' names.
+        columns: heading of each key.
+        rows: name -> values by key.
+        cell: the text of a row's key.
+
+    Returns:
+        The console, for what is printed below.
+    """
+    table = Table(box=box.SIMPLE, padding=0, collapse_padding=True)
+    table.add_column(first, no_wrap=True)
+    for heading in columns.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
-        table.add_row(name, *(_cell(row, key) for key in shown))
+        table.add_row(name, *(cell(row, key) for key in columns))
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # rich takes 80 columns for a log, and cuts
     console.print(table)
-    for name, row in rows.items():
-        if "recipe" in row:
-            console.print(f"  {name}: {row['recipe']}", highlight=False, markup=False)
+    return console
 
 
 def _cell(row: dict[str, Any], key: str) -> str:

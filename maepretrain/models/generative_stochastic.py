@@ -34,6 +34,7 @@ class Reconstruction(NamedTuple):
 
     original: Float[Tensor, "b c *size"]
     corrupted: Float[Tensor, "b c *size"]
+    one_step: Float[Tensor, "b c *size"]
     reconstruction: Float[Tensor, "b c *size"]
     chain_sample: Float[Tensor, "b c *size"]
 
@@ -146,12 +147,14 @@ class GenerativeStochastic(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
-        """One step of the chain from the images, and samples of chains from noise."""
+        """One step of the chain from the images, what is decoded from their codes without noise,
+        and samples of chains from noise."""
         position = torch.arange(len(images), device=images.device)
         corrupted = self._corrupt(images, position, 0, self.seed)
-        decoded = self.chain(images, 1, self.seed)[0]
+        stepped = self.chain(images, 1, self.seed)[0]
+        decoded = self.coder.mean(self.encode(images))
         samples = self.sample(len(images), PICTURED, self.seed)
-        return Reconstruction(images, corrupted, decoded, samples)
+        return Reconstruction(images, corrupted, stepped, decoded, samples)
 
     def layers(self) -> list[list[nn.Parameter]]:
         """The encoder's parameters from input to output."""

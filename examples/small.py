@@ -1,5 +1,4 @@
-"""Shared by the tests of the autoencoder family: real digits as tensors, and training without
-Lightning."""
+"""Shared by the examples and by tests: real digits as tensors, and training without Lightning."""
 
 import torch
 from jaxtyping import Float

@@ -89,10 +89,11 @@ def test_pictures_show_what_was_corrupted() -> None:
     model = Denoising(Dense(8, 1, [12]), "masking", 0.5)
     x = digit_images()[1][:6] + 0.1
     shown = model.reconstruct(x)
-    assert shown._fields == ("original", "corrupted", "reconstruction")
+    assert shown._fields == ("original", "corrupted", "denoised", "reconstruction")
     assert torch.equal(shown.original, x)
     assert ((shown.corrupted == 0).flatten(1).sum(1) == 32).all()
-    assert torch.equal(shown.reconstruction, model.denoise(shown.corrupted))
+    assert torch.equal(shown.denoised, model.denoise(shown.corrupted))
+    assert torch.equal(shown.reconstruction, model.denoise(x))
     assert torch.equal(model.reconstruct(x).corrupted, shown.corrupted)
     assert model.summary()["corruption"] == "masking, 0.5"
     assert model.layers()[-1] == []

@@ -21,6 +21,7 @@ class Reconstruction(NamedTuple):
 
     original: Float[Tensor, "b c *size"]
     corrupted: Float[Tensor, "b c *size"]
+    denoised: Float[Tensor, "b c *size"]
     reconstruction: Float[Tensor, "b c *size"]
 
 
@@ -80,9 +81,10 @@ class Denoising(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
-        """Original, corrupted as at positions 0, 1, ..., and repaired."""
+        """Original, corrupted as at positions 0, 1, ..., repaired, and decoded from the code of the
+        clean original."""
         corrupted = self.corrupt(images, torch.arange(len(images), device=images.device))
-        return Reconstruction(images, corrupted, self.denoise(corrupted))
+        return Reconstruction(images, corrupted, self.denoise(corrupted), self.denoise(images))
 
     def layers(self) -> list[list[nn.Parameter]]:
         """The encoder's parameters from input to output."""

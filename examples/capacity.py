@@ -114,9 +114,7 @@ def contraction() -> dict[str, float]:
         torch.manual_seed(0)
         model = Contractive(Dense([2], 1, [64, 8], "tanh", tied=True), weight, "hutchinson")
         fit(model, circle, 400, 1e-2)
-        j = vmap(jacrev(lambda one, m=model: m.encode(one[None])[0]))(circle).flatten(
-            2
-        )
+        j = vmap(jacrev(lambda one, m=model: m.encode(one[None])[0]))(circle).flatten(2)
         off, on = ((j @ d[..., None]).square().sum((1, 2)).mean() for d in (circle[:, 0], along))
         figures[f"{name}, along / off"] = float(on / off)
         figures[f"{name}, error"] = error(model, circle)

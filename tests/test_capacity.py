@@ -1,6 +1,9 @@
 """What the experiments of examples/capacity.py claim, held to their figures."""
 
 import capacity
+import pytest
+
+pytestmark = pytest.mark.slow
 
 
 def test_what_is_learnt_is_of_the_data_that_was_seen() -> None:

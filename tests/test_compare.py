@@ -57,6 +57,7 @@ def configs(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
     return paths
 
 
+@pytest.mark.slow
 def test_compare_trains_judges_and_goes_on_where_it_was(
     configs: list[str],
     shards: Path,
@@ -121,7 +122,7 @@ def _error_by_hand(run: Path, shards: Path) -> float:
 def test_a_budget_in_seconds_becomes_steps_and_warm_up_takes_a_tenth_at_most(
     configs: list[str], tmp_path: Path, run_cli: Callable[..., int]
 ) -> None:
-    words = ["--cpu_seconds", 1.0, "--sweep.min_steps", 2, "--sweep.epochs", 1, "--seeds", 1]
+    words = ["--cpu_seconds", 0.4, "--sweep.min_steps", 2, "--sweep.epochs", 1, "--seeds", 1]
     assert run_cli("compare", "-c", configs[1], "--out", tmp_path / "out", *words) == 0
     run = tmp_path / "out/dense/seed-0"
     config = yaml.safe_load((run / "config.yaml").read_text())

@@ -116,7 +116,7 @@ def contraction() -> dict[str, float]:
         fit(model, circle, 400, 1e-2)
         j = vmap(jacrev(lambda one, m=model: m.encode(one[None])[0]))(circle).flatten(2)
         off, on = ((j @ d[..., None]).square().sum((1, 2)).mean() for d in (circle[:, 0], along))
-        figures[f"{name}, along / off"] = float(on / off)
+        figures[f"{name}, along / off"] = float((on / off).detach())
         figures[f"{name}, error"] = error(model, circle)
     return figures
 

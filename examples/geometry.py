@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maepretrain.geometry import (
+from maepretrain.evaluate.geometry import (
     across,
     decoder_tangents,
     draw_field,

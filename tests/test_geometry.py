@@ -13,7 +13,7 @@ from small import digit_images
 from torch import Tensor
 from torch.nn import functional as F
 
-from maepretrain.geometry import (
+from maepretrain.evaluate.geometry import (
     across,
     decoder_tangents,
     draw_maps,

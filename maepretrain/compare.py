@@ -25,6 +25,7 @@ from maepretrain.evaluate.finetune import finetune, finetune_parser
 from maepretrain.evaluate.probe import probe, probe_parser
 from maepretrain.evaluate.results import print_columns, spread, write_results
 from maepretrain.experiments import pretrain_parser, run_experiment
+from maepretrain.files import replacing
 from maepretrain.plots import reconstruction_grid
 from maepretrain.pretrain import pretrain
 from maepretrain.training import Normalise
@@ -55,6 +56,11 @@ class Budget:
 
     cpu_seconds: float
     steps: int | None = None
+
+    @property
+    def number(self) -> float:
+        """Steps where they are given, else CPU seconds."""
+        return self.cpu_seconds if self.steps is None else float(self.steps)
 
     def __str__(self) -> str:
         given = f"{self.cpu_seconds:g} CPU seconds" if self.steps is None else f"{self.steps} steps"
@@ -94,7 +100,8 @@ def compare(
         The figures of each config: mean, and `NAME_std` over the seeds.
 
     Raises:
-        ValueError: a budget that is too small for one step.
+        ValueError: a budget that is too small for one step, or another than that of the runs which
+            the folder holds.
     """
     paths = {path.stem: path for path in (find_config(config) for config in configs)}
     if len(paths) < len(configs):
@@ -129,8 +136,13 @@ def _one(
     kept = run / "compare.json"
     figures: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
     if "cpu_seconds" not in figures:
-        figures = _train(run, asked, budget)
+        figures = _train(run, asked, budget) | {"budget": budget.number}
         _keep(kept, figures)
+    if figures["budget"] != budget.number:
+        raise ValueError(
+            f"{run} was trained for another budget, {figures['budget']:g} and not "
+            f"{budget.number:g}: take another --out, or the same budget"
+        )
     if "error" not in figures:
         figures |= _reconstruct(run)
         _keep(kept, figures)
@@ -145,7 +157,8 @@ def _one(
 
 
 def _keep(path: Path, figures: dict[str, float]) -> None:
-    path.write_text(json.dumps(figures, indent=1) + "\n")
+    with replacing(path) as file:
+        file.write(json.dumps(figures, indent=1).encode() + b"\n")
 
 
 def _train(run: Path, asked: list[str], budget: Budget) -> dict[str, float]:

@@ -94,6 +94,11 @@ def test_compare_trains_judges_and_goes_on_where_it_was(
     )
     assert (out / "reconstructions.png").stat().st_size > 1000
 
+    # Figures of different budgets do not mix in one table.
+    words_of_other = [8 if word == 7 else word for word in first]
+    assert run_cli(*words_of_other, "--data.global_batch", 25) == 2
+    assert "another budget, 7 and not 8" in capsys.readouterr().err
+
     # More seeds and one more column: what is there is not made again.
     before = {p: p.stat().st_mtime_ns for p in out.glob("*/seed-0/checkpoints/last.ckpt")}
     more = [*first[:-1], 2, "--data.global_batch", 25, "--finetuning", json.dumps([str(tuning)])]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch, ShardIndex
-from maepretrain.distributed import is_rank_zero, say
+from maepretrain.distributed import is_rank_zero, run_on_all, say
 from maepretrain.evaluate.features import embed
 from maepretrain.evaluate.heads import linear_probe
 from maepretrain.evaluate.neighbours import knn_accuracy
@@ -260,10 +260,12 @@ class ReconstructionGrid(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx or not trainer.is_global_zero:
+        if batch_idx:
             return
         module = cast(Any, pl_module)
-        shown = module.model.reconstruct(module.normalise(batch["input"][: self.images]))
+        shown = run_on_all(trainer, "reconstruct", batch["input"][: self.images])
+        if not trainer.is_global_zero:
+            return
         rows = [module.normalise.undo(row.float()).cpu() for row in shown]
         path = self.folder / f"step-{trainer.global_step:08d}.png"
         picture = reconstruction_grid(rows, list(type(shown)._fields), path)
@@ -308,7 +310,7 @@ class LiveEvaluation(L.Callback):
 
         def features(index: ShardIndex) -> tuple[Tensor, Tensor]:
             return embed(
-                lambda images: module.model.encode(module.normalise(images.to(module.device))),
+                lambda images: run_on_all(trainer, "encode", images.to(module.device)),
                 data.evaluation(index, labelled=True),
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,

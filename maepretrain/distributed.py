@@ -19,6 +19,17 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def run_on_all(trainer: Any, method: str, *arguments: Any) -> Any:
+    """A method of the trained module that computes with its parameters, outside a training step.
+
+    All processes call this together: where an engine divides the parameters, they gather them.
+    """
+    strategy = trainer.strategy
+    if hasattr(strategy, "call"):
+        return strategy.call(method, *arguments)
+    return getattr(trainer.lightning_module, method)(*arguments)
+
+
 def quiet_lightning() -> None:
     """Keep Lightning's tips and repeated device lists away from what a run has to say; its warnings
     stay."""
@@ -29,6 +40,10 @@ def quiet_lightning() -> None:
     # True of plain loaders; ours is a stream that knows where it stopped.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # DeepSpeed's use of torch functions that have new names.
+    warnings.filterwarnings(
+        "ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning
+    )
     # A frozen encoder, and an average of weights.
     warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
     # A run that is resumed or overwritten; the run folder has seen to that.

@@ -37,6 +37,14 @@ class Pretrain(Scheduled):
         """What the model returns for a batch of uint8 images."""
         return self.model(batch | {"input": self.normalise(batch["input"])})
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Features (b, d) of uint8 images."""
+        return cast(Any, self.model).encode(self.normalise(images))
+
+    def reconstruct(self, images: Tensor) -> Any:
+        """What a picture shows of uint8 images."""
+        return cast(Any, self.model).reconstruct(self.normalise(images))
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self.losses(batch)
         self._log_mean(losses, batch_idx)
@@ -70,6 +78,7 @@ def pretrain(
     run: Path,
     seed: int = 0,
     resume: bool = False,
+    ckpt_path: str = "auto",
     allow_reorder: bool = False,
     overwrite: bool = False,
     checkpoint_every_steps: int = 1000,
@@ -90,6 +99,8 @@ def pretrain(
         run: the run folder; the only record of the run.
         seed: seed of initial values and dropout (model and data have their own).
         resume: go on from the run folder's last checkpoint; start where there is none.
+        ckpt_path: the checkpoint that a resume takes: last, best, a path, or auto, the one of most
+            steps that can be read.
         allow_reorder: resume although another global batch, index or other data settings change
             the order of samples: from the same number of samples on.
         overwrite: delete the run that the folder holds.
@@ -116,7 +127,7 @@ def pretrain(
     data.allow_reorder = allow_reorder
     arguments = in_steps(trainer, data.order.steps_per_epoch)
     callbacks: list[L.Callback] = []
-    with RunFolder(run, resume, overwrite, config) as folder:
+    with RunFolder(run, resume, overwrite, config, ckpt_path) as folder:
         if data.val_index is not None:
             callbacks.append(_best(folder.path))
             if pictures and hasattr(model, "reconstruct"):

@@ -18,14 +18,26 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from torch import distributed as dist
 
 from maepretrain.distributed import is_rank_zero, say
+from maepretrain.engines.fragments import (
+    Saved,
+    checkpoints,
+    partial_of,
+    read_meta,
+    recover,
+    take_name,
+)
 from maepretrain.files import replacing
 
 # Seconds for which a lock is tried.
 LOCK_ATTEMPTS = 8
+# They stay when a run fails before its first checkpoint: they may be the reason.
+LISTS = ("faults.csv", "nonfinite.csv")
 NAMES = {
-    *("config.yaml", "metrics.csv", "hparams.yaml", "results.json", "faults.csv"),
+    *("config.yaml", "metrics.csv", "hparams.yaml", "results.json"),
+    *LISTS,
     *("checkpoints", "pictures"),
 }
 
@@ -44,16 +56,24 @@ class RunFolder:
             there is none yet.
         overwrite: delete the run that it holds.
         config: the run's configuration, written to config.yaml.
+        ckpt_path: which checkpoint a resume takes: "last", "best", a path, or "auto", the one of
+            most steps that can be read.
 
     Raises:
-        ValueError: the folder holds another run, or a process that is still writing.
+        ValueError: the folder holds another run, or a process that is still writing; a checkpoint
+            that is not there or cannot be read.
     """
 
-    def __init__(self, path: Path, resume: bool, overwrite: bool, config: str) -> None:
+    def __init__(
+        self, path: Path, resume: bool, overwrite: bool, config: str, ckpt_path: str = "auto"
+    ) -> None:
         if resume and overwrite:
             raise ValueError("take either --resume or --overwrite, not both")
         self.path = path
+        if ckpt_path != "auto" and not resume:
+            raise ValueError(f"ckpt_path {ckpt_path} is for a run that goes on: add --resume")
         self._resume, self._overwrite, self._config = resume, overwrite, config
+        self._ckpt_path = ckpt_path
         self._lock: IO[str] | None = None
         self._old: list[Path] = []
         self._began = False
@@ -63,9 +83,28 @@ class RunFolder:
         # Other ranks come later, when rank zero has claimed the folder, and find its own files.
         if is_rank_zero():
             self._claim()
-        last = self.path / "checkpoints" / "last.ckpt"
-        self.resume_from = last if self._resume and last.exists() else None
+        try:
+            self.resume_from = self._chosen() if self._resume else None
+        except ValueError:
+            if self._lock is not None:
+                self._unlock()
+            raise
         return self
+
+    def _chosen(self) -> Path | None:
+        """The checkpoint to go on from, None where the run has none yet."""
+        folder = self.path / "checkpoints"
+        if is_rank_zero():
+            recover(folder)
+        if self._ckpt_path in ("last", "best"):
+            path = folder / f"{self._ckpt_path}.ckpt"
+        elif self._ckpt_path != "auto":
+            path = Path(self._ckpt_path)
+        else:
+            return _newest(checkpoints(folder))
+        if not path.exists():
+            raise ValueError(f"ckpt_path {self._ckpt_path}: there is no {path}")
+        return path
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self._lock is None:
@@ -140,9 +179,8 @@ class RunFolder:
         """A run that failed before its first checkpoint leaves what was there before it."""
         known = [path for path in self.path.iterdir() if _of_a_run(path) or path.name == ".lock"]
         for path in known:
-            # The list of faults stays: it may be the reason.
             written = self._began or path not in self._old
-            if written and path.is_file() and path.name != "faults.csv":
+            if written and path.is_file() and path.name not in LISTS:
                 path.unlink()
         if not any(self.path.iterdir()):
             self.path.rmdir()
@@ -155,16 +193,7 @@ class RunFolder:
         """
         if self.resume_from is None:
             return None
-        # mmap: only counters are wanted, not gigabytes of weights
-        try:
-            state = torch.load(self.resume_from, map_location="cpu", weights_only=True, mmap=True)
-            int(state["global_step"])
-        except Exception as error:
-            raise ValueError(
-                f"checkpoint {self.resume_from} cannot be read ({type(error).__name__}); put "
-                f"another one of {self.resume_from.parent} in its place"
-            ) from error
-        return state
+        return read_meta(self.resume_from)
 
     def loggers(self) -> list[Logger]:
         """CSV (appends on a resume) and TensorBoard, both straight in the run folder."""
@@ -180,7 +209,7 @@ class RunFolder:
 def changes(before: str, now: str) -> list[str]:
     """`key: old -> new` for every value that differs between two YAML configurations."""
     old, new = (_flat(yaml.safe_load(text) or {}) for text in (before, now))
-    ignored = {"resume", "overwrite"}
+    ignored = {"resume", "overwrite", "ckpt_path"}
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -197,6 +226,27 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _newest(paths: list[Path]) -> Path | None:
+    """The checkpoint of most steps; those that cannot be read are said and left out.
+
+    Raises:
+        ValueError: there are some, and none can be read.
+    """
+    steps: dict[Path, int] = {}
+    for path in paths:
+        try:
+            steps[path] = int(read_meta(path)["global_step"])
+        except ValueError as error:
+            failure = error
+            say(f"left out      {error}")
+    if paths and not steps:
+        raise ValueError(
+            f"{failure}, nor any other of {paths[0].parent}; put one that can in its place"
+        )
+    # At equal steps last.ckpt, which is written last.
+    return max(steps, key=lambda path: (steps[path], "last" in path.name), default=None)
+
+
 class WholeCheckpointIO(TorchCheckpointIO):
     """Checkpoints that take their name when they are whole, in the same folder.
 
@@ -210,8 +260,21 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """Save to a temporary name beside `path` and rename."""
         whole = Path(path)
         whole.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(whole) as file:
+        # A sharded checkpoint's folder cannot be replaced by a file in one step.
+        target = partial_of(whole) if whole.is_dir() else whole
+        with replacing(target) as file:
             torch.save(checkpoint, file)
+        if target != whole:
+            take_name(target, whole)
+
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """A checkpoint of any engine, as whole tensors; on every process the one of rank zero."""
+        chosen = [str(path)]
+        if dist.is_initialized():
+            dist.broadcast_object_list(chosen)
+        return Saved(Path(chosen[0])).plain()
 
 
 class AppendingCSVLogger(CSVLogger):

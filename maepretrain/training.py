@@ -19,6 +19,7 @@ from maepretrain.callbacks import LastCheckpoint, Throughput, progress
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch
 from maepretrain.distributed import say
+from maepretrain.engines.fsdp import FSDP2
 from maepretrain.optim import Group, Optimization, check_groups, describe
 from maepretrain.runs import RunFolder, WholeCheckpointIO
 
@@ -67,6 +68,9 @@ class Scheduled(L.LightningModule):
         self.global_batch, self.steps_per_epoch = data.global_batch, data.order.steps_per_epoch
         self.normalise = Normalise(data.mean, data.std)
         self.fresh_groups: list[Group] = []
+        # Of the optimizer, in its order: names of its parameters, and how many each group has.
+        self.parameter_names: list[str] = []
+        self.group_sizes: list[int] = []
 
     def parameter_layers(self) -> list[list[nn.Parameter]]:
         """The encoder's parameters in order, for layer-wise learning rates."""
@@ -88,6 +92,9 @@ class Scheduled(L.LightningModule):
         groups = self.optim.groups(layers, rest, self.undecayed_parameters())
         check_groups(groups, self.parameters())
         self.fresh_groups = [{k: v for k, v in g.items() if k != "params"} for g in groups]
+        names = {id(p): name for name, p in self.named_parameters()}
+        self.parameter_names = [names[id(p)] for g in groups for p in g["params"]]
+        self.group_sizes = [len(g["params"]) for g in groups]
         say("optimizer     " + "\n              ".join(self._describe(groups)))
         # Lightning cannot clip under mixed precision when the optimizer is fused.
         amp = isinstance(self.trainer.precision_plugin, MixedPrecision)
@@ -97,6 +104,15 @@ class Scheduled(L.LightningModule):
 
     def _describe(self, groups: list[Group]) -> list[str]:
         return [f"{self.optim.optimizer}", *describe(groups, self.optim.lr(self.global_batch))]
+
+    def configure_model(self) -> None:
+        """Divide the model where the strategy does."""
+        if isinstance(strategy := self.trainer.strategy, FSDP2):
+            strategy.shard(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Names of what the optimizer numbers, for whichever engine goes on."""
+        checkpoint["parameter_names"] = self.parameter_names
 
     def on_train_start(self) -> None:
         self.optim.refresh(cast(torch.optim.Optimizer, self.optimizers()), self.fresh_groups)

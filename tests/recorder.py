@@ -138,6 +138,7 @@ class Ranks:
             to `log/reads`.
         argv: of `maepretrain`.
         world_size: how many.
+        strategy: what divides the work among several.
         hold: (rank, n): this rank stops for good in its n-th forward pass.
     """
 
@@ -147,12 +148,13 @@ class Ranks:
         argv: Sequence[object],
         world_size: int = 1,
         hold: tuple[int, int] | None = None,
+        strategy: str = "ddp",
     ) -> None:
         self.log, self.hold = log, hold
         log.mkdir(parents=True)
         words = [str(word) for word in argv]
         if world_size > 1:
-            words += ["--trainer.strategy", "ddp", "--trainer.devices", str(world_size)]
+            words += ["-c", f"strategy/{strategy}", "--trainer.devices", str(world_size)]
         environment = {
             RECORDS: str(log),
             READS: str(log / "reads"),

@@ -31,10 +31,33 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"half of it")
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     with (
-        RunFolder(tmp_path, resume=True, overwrite=False, config="seed: 0\n") as folder,
         pytest.raises(ValueError, match=r"last\.ckpt cannot be read"),
+        RunFolder(tmp_path, resume=True, overwrite=False, config="seed: 0\n"),
     ):
-        folder.loggers()
+        pass
+    # The folder is free again, and another checkpoint takes its place.
+    torch.save({"global_step": 7}, tmp_path / "checkpoints" / "best.ckpt")
+    with RunFolder(tmp_path, resume=True, overwrite=False, config="seed: 0\n") as folder:
+        assert folder.resume_from == tmp_path / "checkpoints" / "best.ckpt"
+
+
+def test_a_resume_takes_the_checkpoint_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name, step in (("best", 3), ("last", 5), ("step=9", 9)):
+        torch.save({"global_step": step}, folder / f"{name}.ckpt")
+    chosen = {"auto": "step=9", "last": "last", "best": "best", str(folder / "last.ckpt"): "last"}
+    for asked, name in chosen.items():
+        with RunFolder(tmp_path, True, False, "seed: 0\n", asked) as run:
+            assert run.resume_from == folder / f"{name}.ckpt", asked
+    with (
+        pytest.raises(ValueError, match="there is no elsewhere"),
+        RunFolder(tmp_path, True, False, "seed: 0\n", "elsewhere"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="add --resume"):
+        RunFolder(tmp_path, False, False, "seed: 0\n", "best")
 
 
 def test_two_processes_do_not_write_into_one_folder(

@@ -54,6 +54,7 @@ def finetune(
     seed: int = 0,
     seeds: int = 1,
     resume: bool = False,
+    ckpt_path: str = "auto",
     allow_reorder: bool = False,
     overwrite: bool = False,
     checkpoint_every_steps: int = 1000,
@@ -88,6 +89,8 @@ def finetune(
         seed: seed of initial values, of the chosen labels, of order and augmentation.
         seeds: runs with seed, seed + 1, ... in RUN/seed-N; RUN/results.json has mean and spread.
         resume: go on from the run folder's last checkpoint.
+        ckpt_path: the checkpoint that a resume takes: last, best, a path, or auto, the one of most
+            steps that can be read.
         allow_reorder: resume although other settings change the order of samples.
         overwrite: delete the run that the folder holds.
         checkpoint_every_steps: optimizer steps between two saves of last.ckpt.
@@ -117,7 +120,7 @@ def finetune(
     classifier = Head(_width(model, data), count, head, pool, heads)
     recipe = (augment, trained_blocks, drop_path, ema, label_smoothing, seed, table)
     module = Classifier(model, classifier, optim, data, arguments["max_steps"], *recipe)
-    with RunFolder(run, resume, overwrite, config) as folder:
+    with RunFolder(run, resume, overwrite, config, ckpt_path) as folder:
         origin = f"architecture of {encoder}, from scratch" if scratch else f"encoder {encoder}"
         what = f"{count} classes" if table is None else f"{task} of {count}"
         say(f"classifier    {what}, {len(data.index):,} labelled images, {origin}")

@@ -41,6 +41,9 @@ class Denoising(nn.Module):
         ValueError: an amount that the corruption does not take.
     """
 
+    # Runs on a divided memory too (ZeRO, FSDP2).
+    shardable = True
+
     def __init__(
         self,
         coder: Coder,

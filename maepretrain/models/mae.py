@@ -70,6 +70,9 @@ class MaskedAutoencoder(nn.Module):
             encoder that is no such ViT.
     """
 
+    # Runs on a divided memory too (ZeRO, FSDP2).
+    shardable = True
+
     def __init__(
         self,
         encoder: str = "vit_base_patch16_224",

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from maepretrain.callbacks import LastCheckpoint, LiveEvaluation, ReconstructionGrid
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch
+from maepretrain.nonfinite import NonFinite
 from maepretrain.optim import Optimization
 from maepretrain.runs import RunFolder
 from maepretrain.training import Scheduled, fit, in_steps, set_threads
@@ -23,19 +23,20 @@ class Pretrain(Scheduled):
     """Trains any model with `model(batch) -> {"loss": ..., ...}` on batches of uint8 images."""
 
     def __init__(
-        self, model: nn.Module, optim: Optimization, data: ShardData, steps: int, seed: int = 0
+        self,
+        model: nn.Module,
+        optim: Optimization,
+        data: ShardData,
+        steps: int,
+        seed: int = 0,
+        guard: NonFinite | None = None,
     ) -> None:
         super().__init__(optim, data, steps, seed)
-        self.model = model
-        self._sum = torch.zeros(0)
+        self.model, self.guard = model, guard or NonFinite()
 
     def summary(self) -> dict[str, str]:
         """What the model says of itself."""
         return cast(Any, self.model).summary() if hasattr(self.model, "summary") else {}
-
-    def losses(self, batch: Batch) -> Batch:
-        """What the model returns for a batch of uint8 images."""
-        return self.model(batch | {"input": self.normalise(batch["input"])})
 
     def encode(self, images: Tensor) -> Tensor:
         """Features (b, d) of uint8 images."""
@@ -46,26 +47,13 @@ class Pretrain(Scheduled):
         return cast(Any, self.model).reconstruct(self.normalise(images))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        losses = self.losses(batch)
-        self._log_mean(losses, batch_idx)
-        return losses["loss"]
+        def losses(images: Tensor) -> Batch:
+            return self.model(batch | {"input": images})
 
-    def _log_mean(self, losses: Batch, batch_idx: int) -> None:
-        """Log what the whole global batch gave, whoever computed it: ranks and micro-batches mean
-        nothing to a loss curve. Ranks meet only at steps that are logged."""
-        values = torch.stack([value.detach().float() for value in losses.values()])
-        accumulation = self.trainer.accumulate_grad_batches
-        micro_batch = batch_idx % accumulation
-        self._sum = values if micro_batch == 0 else self._sum + values
-        # Lightning's own question, which no public name answers.
-        logs = cast(Any, self.trainer)._logger_connector.should_update_logs
-        if micro_batch + 1 == accumulation and logs:
-            mean = self.trainer.strategy.reduce(self._sum / accumulation, reduce_op="mean")
-            for name, value in zip(losses, cast(Tensor, mean), strict=True):
-                self.log(name, value, prog_bar=name == "loss")
+        return self.guard.loss(self, batch, batch_idx, self.normalise(batch["input"]), losses)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        losses = self.losses(batch)
+        losses = self.model(batch | {"input": self.normalise(batch["input"])})
         named = {f"val_{name}": value for name, value in losses.items()}
         self.log_dict(named, batch_size=len(batch["position"]), sync_dist=True, prog_bar=True)
 
@@ -85,6 +73,7 @@ def pretrain(
     keep_every_steps: int | None = None,
     pictures: int = 8,
     live_probe: int = 0,
+    nonfinite: int = 10,
     compile: bool = False,
     threads: int | None = None,
     config: str = "",
@@ -109,6 +98,8 @@ def pretrain(
         pictures: held-out images drawn at each validation; 0 for none.
         live_probe: training samples of the labelled bank on which a linear probe and k-NN are
             fitted at each validation; 0 for none.
+        nonfinite: micro-batches in a row with a non-finite loss after which the run stops. Each
+            trains nothing; its samples are listed in RUN/nonfinite.csv.
         compile: torch.compile the model.
         threads: compute threads of each process on the CPU; small models lose by more than one.
             Default torch's choice.
@@ -119,14 +110,15 @@ def pretrain(
 
     Raises:
         ValueError: a run folder that holds another run, sizes that do not divide, a stream that
-            cannot be resumed.
+            cannot be resumed, losses or weights that are not finite.
     """
     set_threads(threads)
     if getattr(model, "needs_labels", False):
         _require_labels(data, type(model).__name__)
     data.allow_reorder = allow_reorder
     arguments = in_steps(trainer, data.order.steps_per_epoch)
-    callbacks: list[L.Callback] = []
+    guard = NonFinite(nonfinite)
+    callbacks: list[L.Callback] = [guard]
     with RunFolder(run, resume, overwrite, config, ckpt_path) as folder:
         if data.val_index is not None:
             callbacks.append(_best(folder.path))
@@ -139,7 +131,7 @@ def pretrain(
         last = LastCheckpoint(folder, checkpoint_every_steps, keep_every_steps)
         if compile:
             model.compile()
-        module = Pretrain(model, optim, data, arguments["max_steps"], seed)
+        module = Pretrain(model, optim, data, arguments["max_steps"], seed, guard)
         return fit(module, data, arguments, folder, callbacks, last)[0]
 
 

@@ -147,12 +147,12 @@ class Augmentation:
 
     def change(
         self,
-        images: Float[Tensor, "b c h w"],
+        images: Float[Tensor, "b c *size"],
         labels: Int64[Tensor, "b"],
         classes: int,
         smoothing: float,
         seed: int,
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"] | Int64[Tensor, "b"]]:
+    ) -> tuple[Float[Tensor, "b c *size"], Float[Tensor, "b k"] | Int64[Tensor, "b"]]:
         """Erase and mix a normalised micro-batch in place, as the seed says (and torch's global
         generator, for the noise).
 

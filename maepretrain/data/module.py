@@ -132,6 +132,8 @@ class ShardData(L.LightningDataModule):
         self._resume_from = 0
         self._read_ahead: ReadAhead | None = None
         self._faults: FaultList | None = None
+        # What was read instead, by position, in the last batch.
+        self._replaced: dict[int | None, str] = {}
 
     def _open(self, sources: list[Any]) -> None:
         if self.samples_per_epoch is not None and self.weights is None:
@@ -326,11 +328,22 @@ class ShardData(L.LightningDataModule):
             self._faults = self._fault_list()
             if is_rank_zero():
                 self._faults.add(self._known_faults())
+        self._replaced = {}
         if batch["fault"][:, 0].any():
             trains = self.trainer is not None and self.trainer.training
             samples = self.training() if trains else self.evaluation(cast(Any, self.val_index))
-            self._faults.add(samples.faults(batch))
+            faults = samples.faults(batch)
+            self._replaced = {fault.position: fault.replaced_by for fault in faults}
+            self._faults.add(faults)
         return {name: value for name, value in batch.items() if name != "fault"}
+
+    def names(self, positions: list[int]) -> list[tuple[str, str]]:
+        """(sample key, shard) of what the last training batch holds at these positions of the run;
+        empty for a stream without an index."""
+        if self.plain is not None:
+            return [("", "")] * len(positions)
+        names = zip(positions, self.training().names(positions), strict=True)
+        return [(self._replaced.get(p, key), shown(url)) for p, (url, key) in names]
 
     def _fault_list(self) -> FaultList:
         folder = Path(self.trainer.default_root_dir) if self.trainer else Path()

@@ -20,6 +20,7 @@ from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch
 from maepretrain.evaluate.results import scores
 from maepretrain.evaluate.targets import Targets
+from maepretrain.nonfinite import NonFinite
 from maepretrain.optim import Optimization
 from maepretrain.randomness import key
 from maepretrain.training import Scheduled
@@ -159,6 +160,7 @@ class Classifier(Scheduled):
         label_smoothing: share of the target spread over all classes.
         seed: seed of dropout, erasing and mixing.
         targets: the task and its table, where it is not one class for each image.
+        guard: against losses that are not finite.
 
     Raises:
         ValueError: an encoder without layers or blocks where they are needed; a number of blocks
@@ -179,9 +181,10 @@ class Classifier(Scheduled):
         label_smoothing: float = 0.0,
         seed: int = 0,
         targets: Targets | None = None,
+        guard: NonFinite | None = None,
     ) -> None:
         super().__init__(optim, data, steps, seed)
-        self.targets = targets
+        self.targets, self.guard = targets, guard or NonFinite()
         if targets is not None and (label_smoothing or (augment and augment.mixes)):
             raise ValueError(
                 f"{targets.task} takes no label_smoothing, mixup or cutmix: set them to 0"
@@ -252,11 +255,14 @@ class Classifier(Scheduled):
         images, targets = self.augment.change(images, labels, k, self.label_smoothing, seed)
         # Soft targets are smoothed already.
         smoothing = 0.0 if self.augment.mixes else self.label_smoothing
-        loss = self._loss(self.logits(images), targets, smoothing)
-        self.log("loss", loss, prog_bar=True)
-        return loss
+
+        def losses(images: Tensor) -> Batch:
+            return {"loss": self._loss(self.logits(images), targets, smoothing)}
+
+        return self.guard.loss(self, batch, batch_idx, images, losses)
 
     def _loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        logits = logits.float()
         if self.targets is not None:
             return self.targets.loss(logits, targets)
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)

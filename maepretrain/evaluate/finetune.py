@@ -23,6 +23,7 @@ from maepretrain.evaluate.labels import choose_labels, count_classes
 from maepretrain.evaluate.results import print_table, spread, write_results
 from maepretrain.evaluate.targets import Targets, Task
 from maepretrain.experiments import add_experiment, run_experiment
+from maepretrain.nonfinite import NonFinite
 from maepretrain.optim import Optimization
 from maepretrain.plots import confusion_matrix, most_confused
 from maepretrain.runs import RunFolder
@@ -58,6 +59,7 @@ def finetune(
     allow_reorder: bool = False,
     overwrite: bool = False,
     checkpoint_every_steps: int = 1000,
+    nonfinite: int = 10,
     threads: int | None = None,
     config: str = "",
 ) -> bool:
@@ -94,6 +96,8 @@ def finetune(
         allow_reorder: resume although other settings change the order of samples.
         overwrite: delete the run that the folder holds.
         checkpoint_every_steps: optimizer steps between two saves of last.ckpt.
+        nonfinite: micro-batches in a row with a non-finite loss after which the run stops. Each
+            trains nothing; its samples are listed in RUN/nonfinite.csv.
         threads: compute threads of each process on the CPU. Default torch's choice.
         config: the resolved configuration as YAML, for the run folder.
 
@@ -102,7 +106,8 @@ def finetune(
 
     Raises:
         ValueError: labels that are missing, out of range or too few; an encoder, head and recipe
-            that do not go together; a run folder that holds another run.
+            that do not go together; a run folder that holds another run; losses or weights that
+            are not finite.
     """
     set_threads(threads)
     table = _use_targets(data, task, targets, classes)
@@ -118,14 +123,15 @@ def finetune(
         cast(Any, model).train_positions()
     torch.manual_seed(seed)
     classifier = Head(_width(model, data), count, head, pool, heads)
-    recipe = (augment, trained_blocks, drop_path, ema, label_smoothing, seed, table)
+    guard = NonFinite(nonfinite)
+    recipe = (augment, trained_blocks, drop_path, ema, label_smoothing, seed, table, guard)
     module = Classifier(model, classifier, optim, data, arguments["max_steps"], *recipe)
     with RunFolder(run, resume, overwrite, config, ckpt_path) as folder:
         origin = f"architecture of {encoder}, from scratch" if scratch else f"encoder {encoder}"
         what = f"{count} classes" if table is None else f"{task} of {count}"
         say(f"classifier    {what}, {len(data.index):,} labelled images, {origin}")
         last = LastCheckpoint(folder, checkpoint_every_steps)
-        ended, engine = fit(module, data, arguments, folder, [], last)
+        ended, engine = fit(module, data, arguments, folder, [guard], last)
         if ended and data.val_index is not None:
             # Of the final weights, whenever the last validation was.
             engine.validate(module, data, verbose=False)

@@ -15,10 +15,12 @@ from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from maepretrain.engines.fragments import Saved, choose, is_checkpoint
+from maepretrain.files import replacing
 from maepretrain.models.mae import MaskedAutoencoder
 
 # Width, blocks, patch side: ViT-B, L and H of section 4. Every official decoder has 16 heads.
@@ -34,8 +36,8 @@ OWN_KEY = "maepretrain"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in a file: safetensors, an official .pth, a run's .ckpt, what DeepSpeed's
-    zero_to_fp32 makes of its shards, or a plain state dict.
+    """The weights in a file: safetensors, an official .pth, a run's .ckpt (a folder where an engine
+    divided it), or a plain state dict.
 
     A run's checkpoint gives its model's weights under the model's own names.
 
@@ -52,8 +54,23 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     Raises:
         ValueError: as of `read_weights`.
     """
-    if not path.is_file():
+    weights, arguments = read_state(path)
+    # What else Lightning's module holds (normalisation, a classifier) is not the model's.
+    bare = {name.removeprefix("_forward_module."): tensor for name, tensor in weights.items()}
+    ours = {k.removeprefix("model."): v for k, v in bare.items() if k.startswith("model.")}
+    return ours or weights, arguments
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """As `read_file`, with all that a run's checkpoint holds, under the names of its module.
+
+    Raises:
+        ValueError: as of `read_weights`.
+    """
+    if not path.is_file() and not is_checkpoint(path):
         raise ValueError(f"weights {path}: there is no such file")
+    if is_checkpoint(path):
+        return Saved(path).weights(), None
     loaded = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
     state = loaded if isinstance(loaded, dict) else {}
     arguments = state.pop(OWN_KEY, None)
@@ -61,10 +78,30 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     weights = next(found for found in (of_lightning, official, state) if isinstance(found, dict))
     if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise ValueError(f"weights {path}: this file holds no state dict of tensors")
-    # What else Lightning's module holds (normalisation, a classifier) is not the model's.
-    bare = {name.removeprefix("_forward_module."): tensor for name, tensor in weights.items()}
-    ours = {k.removeprefix("model."): v for k, v in bare.items() if k.startswith("model.")}
-    return ours or weights, arguments if isinstance(arguments, dict) else None
+    return weights, arguments if isinstance(arguments, dict) else None
+
+
+def consolidate(run: Path, ckpt_path: str = "auto", out: Path | None = None) -> int:
+    """One fp32 safetensors file of a run's weights, whichever engine wrote its checkpoint.
+
+    Args:
+        run: the run folder.
+        ckpt_path: last, best, a path, or auto, the checkpoint of most steps that can be read.
+        out: the file; default RUN/model.safetensors, which `--encoder` takes.
+
+    Raises:
+        ValueError: no checkpoint, or one that cannot be read.
+    """
+    path = choose(run / "checkpoints", ckpt_path)
+    if path is None:
+        raise ValueError(f"{run} holds no checkpoint")
+    file = out or run / "model.safetensors"
+    whole = {k: v.float() if v.is_floating_point() else v for k, v in read_state(path)[0].items()}
+    with replacing(file) as opened:
+        opened.write(save({name: tensor.contiguous() for name, tensor in whole.items()}))
+    numbers = sum(tensor.numel() for tensor in whole.values())
+    print(f"{file}: {len(whole)} tensors, {numbers:,} numbers, of {path}")
+    return 0
 
 
 def _load_safetensors(path: Path) -> Any:

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 
 from maepretrain import __version__
 from maepretrain.arguments import (
@@ -31,6 +32,7 @@ maepretrain VERB [OPTIONS]     pretrain masked autoencoders from WebDataset shar
   finetune --encoder RUN       train the encoder and a classifier on labels
   embed --encoder RUN          write the features of images, with their keys, to a file
   compare -c CONFIG...         train several models for equal CPU time, and judge them alike
+  checkpoint consolidate RUN   one file of a run's weights, whatever engine divided them
   export --encoder RUN         the encoder for timm, Hugging Face or the official code
 
   An encoder is a RUN folder, a file of weights, or timm:NAME.
@@ -129,6 +131,21 @@ def _export(argv: list[str]) -> int:
     return export_command(argv)
 
 
+def _checkpoint(argv: list[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        print("maepretrain checkpoint consolidate RUN   (--help for its options)")
+        return 0
+    if not argv or argv[0] != "consolidate":
+        raise UserError("checkpoint needs: consolidate RUN")
+    check_torch_pair()
+    from maepretrain.checkpoints import consolidate
+
+    parser = make_parser("checkpoint consolidate", config=False)
+    parser.add_argument("run", type=Path, help="the run folder")
+    parser.add_function_arguments(consolidate, skip={"run"})
+    return consolidate(**parse(parser, argv[1:]))
+
+
 def _compare(argv: list[str]) -> int:
     check_torch_pair()
     from maepretrain.compare import compare_command
@@ -154,6 +171,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "embed": _embed,
     "finetune": _finetune,
     "compare": _compare,
+    "checkpoint": _checkpoint,
     "export": _export,
     "configs": _configs,
 }

@@ -23,7 +23,7 @@ from torch import distributed as dist
 from maepretrain.distributed import is_rank_zero, say
 from maepretrain.engines.fragments import (
     Saved,
-    checkpoints,
+    choose,
     partial_of,
     read_meta,
     recover,
@@ -83,28 +83,16 @@ class RunFolder:
         # Other ranks come later, when rank zero has claimed the folder, and find its own files.
         if is_rank_zero():
             self._claim()
+        folder = self.path / "checkpoints"
         try:
-            self.resume_from = self._chosen() if self._resume else None
+            if self._resume and is_rank_zero():
+                recover(folder)
+            self.resume_from = choose(folder, self._ckpt_path) if self._resume else None
         except ValueError:
             if self._lock is not None:
                 self._unlock()
             raise
         return self
-
-    def _chosen(self) -> Path | None:
-        """The checkpoint to go on from, None where the run has none yet."""
-        folder = self.path / "checkpoints"
-        if is_rank_zero():
-            recover(folder)
-        if self._ckpt_path in ("last", "best"):
-            path = folder / f"{self._ckpt_path}.ckpt"
-        elif self._ckpt_path != "auto":
-            path = Path(self._ckpt_path)
-        else:
-            return _newest(checkpoints(folder))
-        if not path.exists():
-            raise ValueError(f"ckpt_path {self._ckpt_path}: there is no {path}")
-        return path
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self._lock is None:
@@ -224,27 +212,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-def _newest(paths: list[Path]) -> Path | None:
-    """The checkpoint of most steps; those that cannot be read are said and left out.
-
-    Raises:
-        ValueError: there are some, and none can be read.
-    """
-    steps: dict[Path, int] = {}
-    for path in paths:
-        try:
-            steps[path] = int(read_meta(path)["global_step"])
-        except ValueError as error:
-            failure = error
-            say(f"left out      {error}")
-    if paths and not steps:
-        raise ValueError(
-            f"{failure}, nor any other of {paths[0].parent}; put one that can in its place"
-        )
-    # At equal steps last.ckpt, which is written last.
-    return max(steps, key=lambda path: (steps[path], "last" in path.name), default=None)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

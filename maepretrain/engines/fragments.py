@@ -23,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from maepretrain.distributed import say
+
 META = "meta.pt"
 WEIGHT = "weight"
 Agree = Callable[[bool], bool]
@@ -51,6 +53,11 @@ class Fragment(NamedTuple):
 def is_sharded(path: Path) -> bool:
     """Whether this is a sharded checkpoint, whole or not."""
     return path.is_dir()
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether this folder is a whole sharded checkpoint."""
+    return (path / META).is_file()
 
 
 def save(
@@ -107,7 +114,7 @@ def _together(work: Callable[[], None] | None, agree: Agree) -> None:
     try:
         if work is not None:
             work()
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # whatever it is, the others wait to hear of it
         failure = error
     if not agree(failure is None):
         raise failure or RuntimeError("another process could not write the checkpoint")
@@ -147,7 +154,7 @@ def recover(folder: Path) -> None:
     Args:
         folder: of checkpoints; no process may be writing into it.
     """
-    for partial in folder.glob(".*.partial"):
+    for partial in (*folder.glob(".*.partial"), *folder.glob("*.part")):
         _remove(partial)
     for path, old in _replaced(folder):
         if path.exists():
@@ -160,6 +167,35 @@ def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a folder, also where a kill left one without its name."""
     lost = [old for path, old in _replaced(folder) if not path.exists()]
     return sorted(folder.glob("[!.]*.ckpt")) + lost
+
+
+def choose(folder: Path, asked: str) -> Path | None:
+    """The checkpoint to go on from, None where there is none yet.
+
+    Args:
+        folder: of a run's checkpoints.
+        asked: "last", "best", a path, or "auto": the one of most steps; those that cannot be read
+            are said and left out.
+
+    Raises:
+        ValueError: there is none of that name, or "auto" finds some and none can be read.
+    """
+    if asked != "auto":
+        path = folder / f"{asked}.ckpt" if asked in ("last", "best") else Path(asked)
+        if not path.exists():
+            raise ValueError(f"ckpt_path {asked}: there is no {path}")
+        return path
+    found, steps, failure = checkpoints(folder), dict[Path, int](), ""
+    for path in found:
+        try:
+            steps[path] = int(read_meta(path)["global_step"])
+        except ValueError as error:
+            failure = str(error)
+            say(f"left out      {failure}")
+    if found and not steps:
+        raise ValueError(f"{failure}, nor any other of {folder}; put one that can in its place")
+    # At equal steps last.ckpt, which is written last.
+    return max(steps, key=lambda path: (steps[path], "last" in path.name), default=None)
 
 
 def _replaced(folder: Path) -> list[tuple[Path, Path]]:
@@ -196,7 +232,10 @@ class Saved:
             name: tuple(shape) for name, shape in self.meta["shapes"].items()
         }
         for name in self.meta["files"]:
-            file = safe_open(self.path / name, "pt")
+            try:
+                file = safe_open(self.path / name, "pt")
+            except SafetensorError as error:
+                raise ValueError(f"checkpoint {self.path} cannot be read: {name}: {error}") from None
             for key in file.keys():  # noqa: SIM118  a file of safetensors is no dict
                 kind, rest = key.split(":", 1)
                 tensor, start = rest.rsplit(":", 1)
@@ -302,15 +341,22 @@ def read_meta(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged, or not whole.
     """
+    file = path / META if is_sharded(path) else path
     try:
-        file = path / META if is_sharded(path) else path
         meta = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         int(meta["global_step"])
-        for name, size in meta.get("files", {}).items():
-            if (path / name).stat().st_size != size:
-                raise ValueError(f"{name} is cut off")
+        files = dict(meta.get("files", {}))
     except Exception as error:  # damaged bytes fail in any way
-        raise ValueError(f"checkpoint {path} cannot be read ({type(error).__name__})") from error
+        inside = f": {META}" if file != path else ""
+        kind = type(error).__name__
+        raise ValueError(f"checkpoint {path} cannot be read{inside} ({kind})") from error
+    for name, size in files.items():
+        if not (path / name).is_file():
+            raise ValueError(f"checkpoint {path} cannot be read: {name} is missing")
+        if (found := (path / name).stat().st_size) != size:
+            raise ValueError(
+                f"checkpoint {path} cannot be read: {name} has {found} bytes and not {size}"
+            )
     return meta
 
 
@@ -322,8 +368,11 @@ def load(fragments: Iterable[Fragment], saved: Saved) -> None:
     """
     for name, start, values, _, _ in fragments:
         for kind, view in values.items():
-            single = saved.single(kind, name)
-            view.copy_(saved.read(kind, name, start, len(view)) if single is None else single)
+            if (single := saved.single(kind, name)) is not None:
+                view.copy_(single)
+                continue
+            flat = view.view(-1)  # what is one number may have no axis
+            flat.copy_(saved.read(kind, name, start, len(flat)))
 
 
 def numbered(groups: Iterable[dict[str, Any]], sizes: Iterable[int]) -> Iterator[dict[str, Any]]:

@@ -28,10 +28,12 @@ from maepretrain.checkpoints import (
     load_official,
     official_model,
     read_file,
+    read_state,
     read_weights,
 )
 from maepretrain.data.module import ShardData
 from maepretrain.distributed import say
+from maepretrain.engines.fragments import is_checkpoint
 from maepretrain.experiments import pretrain_parser
 from maepretrain.models.mae import MaskedAutoencoder, check_blocks, vit_layers
 
@@ -47,9 +49,9 @@ def load_encoder(spec: str, data: ShardData | None = None) -> nn.Module:
 
     Args:
         spec: a RUN folder of pretraining or fine-tuning (weights of its last.ckpt, averaged ones
-            where it kept them); one of its checkpoints; a consolidated
-            DeepSpeed file in the run's folder or one folder below; what `maepretrain export`
-            wrote, as folder or file; an official MAE .pth; a Hugging Face ViTMAE folder; timm:NAME
+            where it kept them); one of its checkpoints (of any engine); a consolidated file in the
+            run's folder or one folder below; what `maepretrain export` wrote, as folder or file; an
+            official MAE .pth; a Hugging Face ViTMAE folder; timm:NAME
             (timm's weights where they are on this machine, otherwise random, which is said) or
             timm:NAME?pretrained (timm's weights, downloaded if need be).
         data: tells channels and image size. Positions are interpolated to another size, and timm
@@ -139,7 +141,7 @@ def _find(spec: str, data: ShardData | _Images | None, random: bool = False) -> 
     if spec.startswith("timm:"):
         return _Found(lambda: _timm(spec.removeprefix("timm:"), data, random))
     path = _locate(spec)
-    if path.is_file():
+    if path.is_file() or is_checkpoint(path):
         return _of_file(path)
     return _of_run(path, path / "checkpoints" / "last.ckpt")
 
@@ -151,7 +153,7 @@ def _locate(spec: str) -> Path:
         ValueError: nothing of the kind.
     """
     path = Path(spec)
-    if path.is_file() or (path / "config.yaml").is_file():
+    if path.is_file() or is_checkpoint(path) or (path / "config.yaml").is_file():
         return path
     if not path.is_dir():
         raise ValueError(f"encoder {spec} is no run folder, no file, and no timm:NAME")
@@ -205,13 +207,10 @@ def _of_run(run: Path, file: Path) -> _Found:
 
 def _tuned(file: Path) -> Weights:
     """The encoder in a checkpoint of fine-tuning: the average of its weights where there is one."""
-    weights = read_weights(file)
-    if file.suffix != ".ckpt":
-        return weights
-    state = torch.load(file, map_location="cpu", weights_only=True).get("state_dict", {})
     prefix = "ema.module.model."
+    state, _ = read_state(file)
     averaged = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    return averaged or weights
+    return averaged or read_weights(file)
 
 
 def _masked_autoencoder(arguments: dict[str, Any], path: Path) -> MaskedAutoencoder:
@@ -231,7 +230,8 @@ def _masked_autoencoder(arguments: dict[str, Any], path: Path) -> MaskedAutoenco
 def run_of(spec: str) -> Path | None:
     """The run folder that an encoder belongs to: itself, or of a file in it or one folder below."""
     path = Path(spec)
-    folders = [path.parent, path.parent.parent] if path.is_file() else [path]
+    inside = path.is_file() or is_checkpoint(path)
+    folders = [path.parent, path.parent.parent] if inside else [path]
     return next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
 
 

@@ -27,6 +27,7 @@ maepretrain VERB [OPTIONS]     pretrain masked autoencoders from WebDataset shar
   shards check PATTERN...      find what is wrong with shards before a run does
   shards order PATTERN...      print the samples that a rank will read
   pretrain -c CONFIG           pretrain a model on shards
+  plan -c CONFIG               memory, speed and length of a run before it is submitted
   probe --encoder RUN          linear probe on the features of a pretrained encoder
   knn --encoder RUN            k-nearest-neighbour classification of the same features
   finetune --encoder RUN       train the encoder and a classifier on labels
@@ -94,6 +95,13 @@ def _pretrain(argv: list[str]) -> int:
     from maepretrain.experiments import pretrain_command
 
     return pretrain_command(argv)
+
+
+def _plan(argv: list[str]) -> int:
+    check_torch_pair()
+    from maepretrain.plan import plan_command
+
+    return plan_command(argv)
 
 
 def _probe(argv: list[str]) -> int:
@@ -166,6 +174,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "quickstart": _quickstart,
     "shards": _shards,
     "pretrain": _pretrain,
+    "plan": _plan,
     "probe": _probe,
     "knn": _knn,
     "embed": _embed,

@@ -114,9 +114,9 @@ class Optimization:
             strategy: name of the strategy's class.
 
         Raises:
-            ValueError: LARS under ZeRO, whose flat partitions know no norm of a tensor.
+            ValueError: LARS on divided memory, which knows no norm of a tensor.
         """
-        if self.optimizer == "lars" and "deepspeed" in strategy.lower():
+        if self.optimizer == "lars" and strategy in ("ZeRO", "FSDP2", "DeepSpeedStrategy"):
             raise ValueError(
                 f"optimizer lars needs the norm of each tensor, which {strategy} does not keep: "
                 "take another strategy (ddp) or optimizer"

@@ -23,6 +23,7 @@ from torch import distributed as dist
 from maepretrain.distributed import is_rank_zero, say
 from maepretrain.engines.fragments import (
     Saved,
+    await_recovery,
     choose,
     partial_of,
     read_meta,
@@ -85,8 +86,8 @@ class RunFolder:
             self._claim()
         folder = self.path / "checkpoints"
         try:
-            if self._resume and is_rank_zero():
-                recover(folder)
+            if self._resume:
+                (recover if is_rank_zero() else await_recovery)(folder)
             self.resume_from = choose(folder, self._ckpt_path) if self._resume else None
         except ValueError:
             if self._lock is not None:

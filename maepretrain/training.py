@@ -20,6 +20,7 @@ from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch
 from maepretrain.distributed import say
 from maepretrain.engines.fsdp import FSDP2
+from maepretrain.engines.sharded import Sharded
 from maepretrain.optim import Group, Optimization, check_groups, describe
 from maepretrain.runs import RunFolder, WholeCheckpointIO
 
@@ -72,6 +73,10 @@ class Scheduled(L.LightningModule):
         self.parameter_names: list[str] = []
         self.group_sizes: list[int] = []
 
+    def units(self) -> list[nn.Module]:
+        """What an engine divides, each part by itself."""
+        return [cast(nn.Module, self.model)]
+
     def parameter_layers(self) -> list[list[nn.Parameter]]:
         """The encoder's parameters in order, for layer-wise learning rates."""
         return []
@@ -108,7 +113,7 @@ class Scheduled(L.LightningModule):
     def configure_model(self) -> None:
         """Divide the model where the strategy does."""
         if isinstance(strategy := self.trainer.strategy, FSDP2):
-            strategy.shard(self)
+            strategy.shard(self.units())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Names of what the optimizer numbers, for whichever engine goes on."""
@@ -242,6 +247,9 @@ def fit(
             callbacks=[*callbacks, last, bar, throughput],
         )
         accumulation = trainer.get("accumulate_grad_batches") or 1
+        if isinstance(engine.strategy, Sharded):
+            # Parameters that are gathered in inference mode could not be trained after it.
+            engine.fit_loop.epoch_loop.val_loop.inference_mode = False
         data.plan(trainer["max_steps"], engine.world_size, accumulation)
         if (state := folder.state()) is not None:
             data.resumes_at(_data_state(state))  # refused here, it has not touched the folder yet

@@ -13,7 +13,9 @@ never cut is one run.
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,8 +78,7 @@ def save(
         agree: whether all processes say yes; they meet here.
 
     Raises:
-        OSError: this process could not write.
-        RuntimeError: another process could not.
+        OSError: this process, or another one, could not write.
     """
     partial = partial_of(path)
 
@@ -93,13 +94,18 @@ def save(
             if f.written
             for kind, values in f.values.items()
         }
-        save_file(tensors, file)
+        try:
+            save_file(tensors, file)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {file}: {error}") from error
         file.chmod(partial.stat().st_mode & 0o666)  # it is made for its owner alone
         _flush(file)
 
     def end() -> None:
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        torch.save(meta | {"files": sizes}, partial / META)
+        content = BytesIO()  # torch does not say of a full disk that it is one
+        torch.save(meta | {"files": sizes}, content)
+        (partial / META).write_bytes(content.getvalue())
         _flush(partial / META)
         take_name(partial, path)
 
@@ -117,7 +123,7 @@ def _together(work: Callable[[], None] | None, agree: Agree) -> None:
     except Exception as error:  # whatever it is, the others wait to hear of it
         failure = error
     if not agree(failure is None):
-        raise failure or RuntimeError("another process could not write the checkpoint")
+        raise failure or OSError("another process could not write the checkpoint")
 
 
 def _flush(path: Path) -> None:
@@ -154,13 +160,30 @@ def recover(folder: Path) -> None:
     Args:
         folder: of checkpoints; no process may be writing into it.
     """
-    for partial in (*folder.glob(".*.partial"), *folder.glob("*.part")):
+    for partial in _halves(folder):
         _remove(partial)
     for path, old in _replaced(folder):
         if path.exists():
             _remove(old)
         else:
             old.rename(path)
+
+
+def await_recovery(folder: Path, seconds: float = 60.0) -> None:
+    """Wait until another process has mended a folder: until then checkpoints change their names.
+
+    Args:
+        folder: of checkpoints.
+        seconds: after which there is nobody to wait for.
+    """
+    deadline = time.monotonic() + seconds
+    while (_halves(folder) or _replaced(folder)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _halves(folder: Path) -> list[Path]:
+    """What a kill left of checkpoints that were being written."""
+    return [*folder.glob(".*.partial"), *folder.glob("*.part")]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -235,7 +258,9 @@ class Saved:
             try:
                 file = safe_open(self.path / name, "pt")
             except SafetensorError as error:
-                raise ValueError(f"checkpoint {self.path} cannot be read: {name}: {error}") from None
+                raise ValueError(
+                    f"checkpoint {self.path} cannot be read: {name}: {error}"
+                ) from None
             for key in file.keys():  # noqa: SIM118  a file of safetensors is no dict
                 kind, rest = key.split(":", 1)
                 tensor, start = rest.rsplit(":", 1)
@@ -253,15 +278,20 @@ class Saved:
         for name, tensor in weights.items():
             self._add_whole(WEIGHT, name, tensor)
         names = self.meta.get("parameter_names", [])
-        for state in self.meta.get("optimizer_states", []):
-            for number, values in state["state"].items():
-                for kind, value in values.items():
-                    if not isinstance(value, Tensor) or number >= len(names):
-                        continue
-                    if value.ndim == 0 and self.shapes[names[number]]:
-                        self._single[kind, names[number]] = value
-                    else:
-                        self._add_whole(kind, names[number], value)
+        found = [
+            (kind, names[number], value)
+            for state in self.meta.get("optimizer_states", [])
+            for number, values in state["state"].items()
+            for kind, value in values.items()
+            if isinstance(value, Tensor) and number < len(names)
+        ]
+        # A parameter that is one number itself does not tell which of its state is one anyway.
+        single = {kind for kind, name, value in found if value.ndim == 0 and self.shapes[name]}
+        for kind, name, value in found:
+            if kind in single:
+                self._single[kind, name] = value
+            else:
+                self._add_whole(kind, name, value)
 
     def _add_whole(self, kind: str, name: str, tensor: Tensor) -> None:
         flat = tensor.reshape(-1)
@@ -345,7 +375,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         int(meta["global_step"])
-        files = dict(meta.get("files", {}))
+        files = dict(meta["files"]) if is_sharded(path) else {}
     except Exception as error:  # damaged bytes fail in any way
         inside = f": {META}" if file != path else ""
         kind = type(error).__name__

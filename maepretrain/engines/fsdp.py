@@ -28,25 +28,26 @@ class FSDP2(Sharded, ModelParallelStrategy):
         self._tensor_parallel_size = 1
         super().setup_environment()
 
-    def shard(self, module: nn.Module) -> None:
-        """Divide a LightningModule's models; what is divided already stays.
+    def shard(self, units: list[nn.Module]) -> None:
+        """Divide models; what is divided already stays.
 
         Args:
-            module: its children with parameters are units of their own, and in them each block.
+            units: gathered as a whole where they are called, but for the blocks in them, which are
+                gathered one by one.
         """
         mesh = self.device_mesh["data_parallel"]
-        for child in module.children():
-            if isinstance(child, FSDPModule) or next(child.parameters(), None) is None:
+        for unit in units:
+            if isinstance(unit, FSDPModule):
                 continue
-            for inner in child.modules():
+            for inner in unit.modules():
                 if isinstance(inner, nn.ModuleList | nn.Sequential):
                     for block in inner:
                         if sum(1 for _ in block.parameters()) > 2:  # more than one layer
                             fully_shard(block, mesh=mesh)
-            fully_shard(child, mesh=mesh)
+            fully_shard(unit, mesh=mesh)
             for method in METHODS:
-                if hasattr(child, method):
-                    register_fsdp_forward_method(child, method)
+                if hasattr(unit, method):
+                    register_fsdp_forward_method(unit, method)
 
     def optimizer_states(self) -> dict[Tensor, dict[str, Any]]:
         return cast(Any, self.optimizers[0].state)

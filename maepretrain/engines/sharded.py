@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.types import _PATH
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from maepretrain.engines.fragments import WEIGHT, Fragment, Saved, load, numbered, save
 
@@ -130,6 +131,17 @@ def made(
                 else torch.zeros_like(like)
             )
     return {kind: value for kind, value in state.items() if isinstance(value, Tensor)}
+
+
+def copies(tensor: Tensor) -> list[Tensor]:
+    """The memory in which this process holds a tensor, or its part of one: DTensors of FSDP2, the
+    partition of ZeRO-3 and, where it keeps a small one whole too, that."""
+    if isinstance(tensor, DTensor):
+        return [tensor.to_local()]
+    if (part := getattr(tensor, "ds_tensor", None)) is not None:
+        whole = [tensor.data] if tensor.numel() == cast(Any, tensor).ds_numel else []
+        return [part, *whole]
+    return [tensor]
 
 
 def require_shardable(module: nn.Module, engine: str) -> None:

@@ -24,11 +24,18 @@ from maepretrain.engines.sharded import Sharded, made, require_shardable
 AUTOCAST = {"bf16-mixed": "bfloat16"}
 
 
-class _Autocast(DeepSpeedPrecision):
-    """Precision of inputs and parameters as they are; DeepSpeed's engine opens torch's autocast."""
+class _Precision(DeepSpeedPrecision):
+    """Parameters and inputs stay as they are; DeepSpeed's engine opens torch's autocast."""
 
     def convert_input(self, data: Any) -> Any:
         return data
+
+    def backward(
+        self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Gradients of a loss that Lightning has divided by the accumulated micro-batches, and
+        DeepSpeed would divide again. AdamW hides it, clipping and SGD do not."""
+        model.trainer.model.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
 
 class ZeRO(Sharded, DeepSpeedStrategy):
@@ -84,8 +91,7 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         precision = self.precision_plugin.precision
         if precision not in ("32-true", *AUTOCAST):
             raise ValueError(f"precision {precision} under ZeRO: take 32-true or bf16-mixed")
-        if precision in AUTOCAST:
-            self.precision_plugin = _Autocast(cast(Any, precision))
+        self.precision_plugin = _Precision(cast(Any, precision))
         require_shardable(self.trained_module(), f"ZeRO-{self.stage}")
         if self.on_cuda:
             super().setup_environment()

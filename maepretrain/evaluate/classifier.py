@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from maepretrain.data.augment import Augmentation
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch
+from maepretrain.distributed import run_on_all
+from maepretrain.engines.sharded import copies
 from maepretrain.evaluate.results import scores
 from maepretrain.evaluate.targets import Targets
 from maepretrain.nonfinite import NonFinite
@@ -191,8 +193,11 @@ class Classifier(Scheduled):
             )
         self.model, self.head, self.augment = model, head, augment or Augmentation()
         self.label_smoothing, self.frozen = label_smoothing, trained_blocks == 0
-        self._layers = choose_layers(model, head, trained_blocks)
-        self.rates = set_drop_path(model, self._layers, drop_path) if drop_path else []
+        layers = choose_layers(model, head, trained_blocks)
+        # Names: an engine may put other parameters in the place of these.
+        names = {id(p): name for name, p in model.named_parameters()}
+        self._layers = [[names[id(p)] for p in layer] for layer in layers]
+        self.rates = set_drop_path(model, layers, drop_path) if drop_path else []
         self.ema = _average(self._network, ema) if ema else None
         # All samples are scored: nothing is left out here on several processes.
         self._held_out = data.describe_held_out(1)
@@ -204,13 +209,19 @@ class Classifier(Scheduled):
         # Of the last validation: all held-out samples in order, on the CPU of every process.
         self.logits_of_all, self.truth_of_all = torch.empty(0), torch.empty(0, dtype=torch.int64)
         self.scores: dict[str, float] = {}
+        self.scored_at = -1
 
     @property
     def _network(self) -> nn.ModuleDict:
         return nn.ModuleDict({"model": self.model, "head": self.head})
 
     def parameter_layers(self) -> list[list[nn.Parameter]]:
-        return self._layers
+        parameters = dict(self.model.named_parameters())
+        return [[parameters[name] for name in layer] for layer in self._layers]
+
+    def units(self) -> list[nn.Module]:
+        averaged = [] if self.ema is None else cast(nn.ModuleDict, self.ema.module).values()
+        return [self.model, self.head, *averaged]
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """Tokens and positions, as in the official fine-tuning (its pretraining decays them)."""
@@ -271,18 +282,12 @@ class Classifier(Scheduled):
     def _outputs(self) -> int:
         return self.head.outputs
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        strategy = type(self.trainer.strategy).__name__
-        sharded = ("deepspeed", "fsdp", "modelparallel")
-        if self.ema is not None and any(word in strategy.lower() for word in sharded):
-            raise ValueError(f"ema averages whole weights, which {strategy} does not keep")
-        return super().configure_optimizers()
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
         """A step, then the average: in here, so that a checkpoint of this step has it."""
-        super().optimizer_step(*args, **kwargs)
-        if self.ema is not None:
-            self.ema.update(self._network, self.trainer.global_step)
+        super().optimizer_step(epoch, batch_idx, *args, **kwargs)
+        # DeepSpeed counts micro-batches itself, and is called for each.
+        if self.ema is not None and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            update_average(cast(nn.Module, self.ema.module), self._network, self.ema.decay)
 
     def on_validation_epoch_start(self) -> None:
         self.predicted, self.truth = [], []
@@ -299,6 +304,7 @@ class Classifier(Scheduled):
             self.scores = scores(logits, truth, self._outputs)
         else:
             self.scores = self.targets.scores(logits, truth)
+        self.scored_at = self.trainer.global_step
         name, figure = next(iter(self.scores.items()))
         named = "val_accuracy" if name == "top1" else f"val_{name}"
         values = {"val_loss": self._loss(logits, truth), named: figure}
@@ -320,7 +326,8 @@ class Classifier(Scheduled):
             read = data.evaluation(data.val_index).__getitems__(list(range(n - left, n)))
             batch = data.on_before_batch_transfer(read, 0)
             images = self.normalise(batch["input"].to(self.device))
-            parts.append((self.logits(images).float(), batch["label"].to(self.device)))
+            logits = cast(Tensor, run_on_all(self.trainer, "logits", images))
+            parts.append((logits.float(), batch["label"].to(self.device)))
         logits, truth = (torch.cat(x).cpu() for x in zip(*parts, strict=True))
         return logits, truth
 
@@ -391,3 +398,26 @@ def _average(network: nn.Module, decay: float) -> ModelEmaV3:
         raise ValueError(f"ema {decay} must be a decay between 0 and 1, such as 0.9999")
     average = ModelEmaV3(network, decay=decay)
     return cast(ModelEmaV3, average.requires_grad_(False))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """average = decay * average + (1 - decay) * network, of whatever part of each tensor this
+    process holds; integers are copied.
+
+    Args:
+        average: of the same structure as `network`.
+        network: is trained.
+        decay: 0..1.
+    """
+    for mean, now in zip(tensors(average), tensors(network), strict=True):
+        for ours, theirs in zip(copies(mean), copies(now), strict=True):
+            if ours.is_floating_point():
+                ours.lerp_(theirs, 1 - decay)
+            else:
+                ours.copy_(theirs)
+
+
+def tensors(network: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [*network.parameters(), *network.buffers()]

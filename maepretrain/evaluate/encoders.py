@@ -304,6 +304,9 @@ class TimmEncoder(nn.Module):
         model: any timm model without a classifier.
     """
 
+    # Runs on a divided memory too (ZeRO, FSDP2).
+    shardable = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.encoder = model

@@ -16,6 +16,7 @@ from maepretrain.callbacks import LastCheckpoint, Throughput
 from maepretrain.data.augment import Augmentation
 from maepretrain.data.module import ShardData
 from maepretrain.distributed import say
+from maepretrain.engines.sharded import Sharded
 from maepretrain.evaluate.classifier import Classifier, Head, Kind, Pool
 from maepretrain.evaluate.encoders import fresh_encoder, load_encoder
 from maepretrain.evaluate.frozen import CONFUSED, shown
@@ -118,6 +119,7 @@ def finetune(
     data.labelled, data.allow_reorder = table is None, allow_reorder
     augment.apply(data)
     arguments = in_steps(trainer, data.order.steps_per_epoch)
+    _require_last_validation(arguments)
     model = fresh_encoder(encoder, data, seed) if scratch else load_encoder(encoder, data)
     if trained_blocks == -1 and hasattr(model, "train_positions"):
         cast(Any, model).train_positions()
@@ -133,11 +135,27 @@ def finetune(
         last = LastCheckpoint(folder, checkpoint_every_steps)
         ended, engine = fit(module, data, arguments, folder, [guard], last)
         if ended and data.val_index is not None:
-            # Of the final weights, whenever the last validation was.
-            engine.validate(module, data, verbose=False)
+            if module.scored_at != engine.global_step:
+                # Of the final weights, whenever the last validation was.
+                engine.validate(module, data, verbose=False)
             about = {"encoder": encoder, "scratch": scratch, "seed": seed}
             _report(run, module, data, engine, about)
     return ended
+
+
+def _require_last_validation(trainer: dict[str, Any]) -> None:
+    """Divided weights are scored while they are trained, and not after it.
+
+    Raises:
+        ValueError: a run whose last step is no validation, under an engine that divides.
+    """
+    micro_batches = trainer["max_steps"] * (trainer.get("accumulate_grad_batches") or 1)
+    interval = trainer["val_check_interval"]
+    if isinstance(trainer.get("strategy"), Sharded) and micro_batches % interval:
+        raise ValueError(
+            f"a validation every {interval} micro-batches leaves the last of {micro_batches} "
+            "without one: set trainer.check_val_every_n_epoch to a divisor of max_epochs"
+        )
 
 
 def _use_targets(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -76,3 +77,20 @@ def test_another_model_is_counted_and_left_as_it_is(likelihood: Any) -> None:
     assert cost.training == 2 * (3 * sum(products) - products[0])
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class Attention(nn.Module):
+    """A transformer block on the rows of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(64, 4)
+
+    def forward(self, images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"loss": self.block(images["input"][:, 0]).mean()}
+
+
+def test_another_models_attention_is_counted_though_it_is_fused() -> None:
+    """By hand: 12 d^2 of matrices for each of 64 tokens, and two products of tokens with tokens."""
+    forward = 2 * 64 * (12 * 64**2) + 2 * (2 * 64 * 64 * 64)
+    assert flops(Attention(), batch(2, 1, 64)).forward == forward

@@ -183,27 +183,41 @@ def test_denoisings_bytes_are_those_of_a_real_step(bf16: bool) -> None:
 def test_a_classifiers_bytes_are_those_of_a_real_step(
     head: Any, trained_blocks: int, ema: float, bf16: bool, shards: Path
 ) -> None:
-    encoder, n = "timm:vit_tiny_patch16_224", 6
+    data = ShardData(f"{shards}/train-*.tar", global_batch=6, num_workers=0, image_size=96)
+    assert_classifier("timm:vit_tiny_patch16_224", data, head, trained_blocks, ema, bf16)
+
+
+@pytest.mark.parametrize("trained_blocks", [-1, 0])
+def test_fine_tuning_a_run_trains_its_positions_and_recomputes_nothing_frozen(
+    trained_blocks: int, shards: Path, tmp_path: Path, run_cli: Run, capsys: Any
+) -> None:
     pattern = f"{shards}/train-*.tar"
-    data = ShardData(pattern, global_batch=n, num_workers=0, image_size=96)
-    asked = ["--verb", "finetune", "-c", "eval/finetune_vit_base", "--encoder", encoder]
-    asked += [
-        "--classes",
-        "10",
-        *ONE,
-        "--data.global_batch",
-        str(n),
-        "--head",
-        head,
-        "--heads",
-        "3",
-    ]
-    asked += ["--trained_blocks", str(trained_blocks), "--ema", str(ema), "--data.image_size", "96"]
+    asked = ["-c", "mae/digits", "--run", "r", "--data.train", pattern, "--print_config"]
+    with pytest.raises(SystemExit):
+        run_cli("pretrain", *asked, "--model.init_args.activation_checkpointing", "true")
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+    size: dict[str, Any] = {"image_size": 32, "channels": 1, "mean": (0.3,), "std": (0.4,)}
+    data = ShardData(pattern, global_batch=10, num_workers=0, **size)
+    assert_classifier(str(tmp_path), data, "linear", trained_blocks, 0.0, False)
+
+
+def assert_classifier(
+    encoder: str, data: ShardData, head: Any, trained_blocks: int, ema: float, bf16: bool
+) -> None:
+    n, channels, side, _ = data.global_batch, *data.shape
+    asked = ["--verb", "finetune", "-c", "eval/finetune_vit_base", "--encoder", encoder, *ONE]
+    asked += ["--classes", "10", "--head", head, "--heads", "3", "--ema", str(ema)]
+    asked += ["--trained_blocks", str(trained_blocks), "--data.global_batch", str(n)]
+    asked += ["--data.image_size", str(side), "--data.channels", str(channels)]
+    asked += [f"--data.mean={list(data.mean)}", f"--data.std={list(data.std)}"]
     plan = planned([*asked, "--trainer.precision", "bf16-mixed" if bf16 else "32-true"])
-    model = fresh_encoder(encoder, data, 0)
+    model: Any = fresh_encoder(encoder, data, 0)
+    if trained_blocks == -1 and isinstance(model, MaskedAutoencoder):
+        model.train_positions()
     recipe: dict[str, Any] = {"trained_blocks": trained_blocks, "ema": ema}
-    module = Classifier(model, Head(192, 10, head, heads=3), Optimization(), data, 10, **recipe)
-    images = real_batch(n, 3, 96)
+    head = Head(model.width, 10, head, heads=3)
+    module = Classifier(model, head, Optimization(), data, 10, **recipe)
+    images = real_batch(n, channels, side)
     real = real_bytes(
         module,
         lambda: module._loss(module.logits(images["input"]), images["label"]),

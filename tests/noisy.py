@@ -24,8 +24,10 @@ class Noisy(nn.Module):
         dropout: share of the values.
         momentum: share of a batch in the running mean.
         spread: of the initial weights.
+        width: outputs.
     """
 
+    shardable = True
     running: Tensor
 
     def __init__(
@@ -35,23 +37,24 @@ class Noisy(nn.Module):
         dropout: float = 0.3,
         momentum: float = 0.1,
         spread: float = 1.0,
+        width: int = 4,
     ) -> None:
         super().__init__()
-        self.linear = nn.Linear(channels * image_size[0], 4)
+        self.linear = nn.Linear(channels * image_size[0], width)
         self.linear.weight.data *= spread
         self.dropout, self.momentum = dropout, momentum
         self.register_buffer("running", torch.zeros(channels * image_size[0]))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss`: how far the layer is from four numbers that belong to the position."""
+        """`loss`: how far the layer is from numbers that belong to the position."""
         x = batch["input"].flatten(1)
         difference = x - self.running
         if self.training:
             self.running.lerp_(x.mean(0), self.momentum)
             self._note()
-        target = uniform(1, "target", batch["position"], 4)
+        target = uniform(1, "target", batch["position"], self.linear.out_features)
         found = self.linear(F.dropout(difference, self.dropout, self.training))
-        return {"loss": (found - target).square().mean(), "largest": found.abs().max()}
+        return {"loss": (found - target).square().sum(1).mean() / 4, "largest": found.abs().max()}
 
     def _note(self) -> None:
         if RECORDS in os.environ:

@@ -39,11 +39,8 @@ class FSDP2(Sharded, ModelParallelStrategy):
         for unit in units:
             if isinstance(unit, FSDPModule):
                 continue
-            for inner in unit.modules():
-                if isinstance(inner, nn.ModuleList | nn.Sequential):
-                    for block in inner:
-                        if sum(1 for _ in block.parameters()) > 2:  # more than one layer
-                            fully_shard(block, mesh=mesh)
+            for block in _blocks(unit):
+                fully_shard(block, mesh=mesh)
             fully_shard(unit, mesh=mesh)
             for method in METHODS:
                 if hasattr(unit, method):
@@ -79,3 +76,13 @@ class FSDP2(Sharded, ModelParallelStrategy):
                 k: v.to_local().view(-1) if isinstance(v, DTensor) else v for k, v in values.items()
             }
             yield Fragment(name, start, own, shape, True)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost members of lists and sequences that are more than one layer."""
+    listed = isinstance(module, nn.ModuleList | nn.Sequential)
+    for child in module.children():
+        if listed and sum(1 for _ in child.parameters()) > 2:
+            yield child
+        else:
+            yield from _blocks(child)

@@ -86,7 +86,8 @@ def consolidate(run: Path, ckpt_path: str = "auto", out: Path | None = None) -> 
 
     Args:
         run: the run folder.
-        ckpt_path: last, best, a path, or auto, the checkpoint of most steps that can be read.
+        ckpt_path: last, best, a path, or auto, which is last or, where that cannot be read, the one
+            of most steps.
         out: the file; default RUN/model.safetensors, which `--encoder` takes.
 
     Raises:

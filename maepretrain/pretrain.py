@@ -88,8 +88,8 @@ def pretrain(
         run: the run folder; the only record of the run.
         seed: seed of initial values and dropout (model and data have their own).
         resume: go on from the run folder's last checkpoint; start where there is none.
-        ckpt_path: the checkpoint that a resume takes: last, best, a path, or auto, the one of most
-            steps that can be read.
+        ckpt_path: the checkpoint that a resume takes: last, best, a path, or auto, which is last
+            or, where that cannot be read, the one of most steps.
         allow_reorder: resume although another global batch, index or other data settings change
             the order of samples: from the same number of samples on.
         overwrite: delete the run that the folder holds.

@@ -57,8 +57,8 @@ class RunFolder:
             there is none yet.
         overwrite: delete the run that it holds.
         config: the run's configuration, written to config.yaml.
-        ckpt_path: which checkpoint a resume takes: "last", "best", a path, or "auto", the one of
-            most steps that can be read.
+        ckpt_path: which checkpoint a resume takes: "last", "best", a path, or "auto", which is
+            last or, where that cannot be read, the one of most steps.
 
     Raises:
         ValueError: the folder holds another run, or a process that is still writing; a checkpoint

@@ -15,6 +15,7 @@ from maepretrain.experiments import pretrain_parser
 from maepretrain.training import in_steps
 
 SIZES = ("base", "large", "huge")
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload")
 OVERLAYS = {
     "mae/fast": "mae/vit_base",
     "mae/epochs_1600": "mae/vit_large",
@@ -25,6 +26,7 @@ OVERLAYS = {
     "eval/partial_fashion_mnist": "eval/finetune_fashion_mnist",
     "eval/partial": "eval/finetune_vit_large",
     "eval/probe_few_labels": "eval/probe_fashion_mnist",
+    **{f"strategy/{name}": "mae/fashion_mnist" for name in STRATEGIES},
     **{f"eval/official_{size}": f"eval/finetune_vit_{size}" for size in SIZES},
     **{f"eval/scratch_vit_{size}": f"eval/finetune_vit_{size}" for size in SIZES},
 }

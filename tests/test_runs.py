@@ -47,7 +47,7 @@ def test_a_resume_takes_the_checkpoint_that_is_asked_for(tmp_path: Path) -> None
     folder.mkdir()
     for name, step in (("best", 3), ("last", 5), ("step=9", 9)):
         torch.save({"global_step": step}, folder / f"{name}.ckpt")
-    chosen = {"auto": "step=9", "last": "last", "best": "best", str(folder / "last.ckpt"): "last"}
+    chosen = {"auto": "last", "last": "last", "best": "best", str(folder / "last.ckpt"): "last"}
     for asked, name in chosen.items():
         with RunFolder(tmp_path, True, False, "seed: 0\n", asked) as run:
             assert run.resume_from == folder / f"{name}.ckpt", asked

@@ -197,8 +197,8 @@ def choose(folder: Path, asked: str) -> Path | None:
 
     Args:
         folder: of a run's checkpoints.
-        asked: "last", "best", a path, or "auto": the one of most steps; those that cannot be read
-            are said and left out.
+        asked: "last", "best", a path, or "auto": last.ckpt or, where it cannot be read, the one of
+            most steps that can.
 
     Raises:
         ValueError: there is none of that name, or "auto" finds some and none can be read.
@@ -217,8 +217,13 @@ def choose(folder: Path, asked: str) -> Path | None:
             say(f"left out      {failure}")
     if found and not steps:
         raise ValueError(f"{failure}, nor any other of {folder}; put one that can in its place")
-    # At equal steps last.ckpt, which is written last.
-    return max(steps, key=lambda path: (steps[path], "last" in path.name), default=None)
+    newest = max(steps, key=lambda path: steps[path], default=None)
+    # Somebody may have put an older one in its place.
+    last = next((path for path in steps if "last.ckpt" in path.name), newest)
+    if newest is not None and last is not None and steps[newest] > steps[last]:
+        further = steps[newest] - steps[last]
+        say(f"resumed from  {last}; {newest.name} is {further} steps further: --ckpt_path {newest}")
+    return last
 
 
 def _replaced(folder: Path) -> list[tuple[Path, Path]]:

@@ -92,8 +92,8 @@ def finetune(
         seed: seed of initial values, of the chosen labels, of order and augmentation.
         seeds: runs with seed, seed + 1, ... in RUN/seed-N; RUN/results.json has mean and spread.
         resume: go on from the run folder's last checkpoint.
-        ckpt_path: the checkpoint that a resume takes: last, best, a path, or auto, the one of most
-            steps that can be read.
+        ckpt_path: the checkpoint that a resume takes: last, best, a path, or auto, which is last
+            or, where that cannot be read, the one of most steps.
         allow_reorder: resume although other settings change the order of samples.
         overwrite: delete the run that the folder holds.
         checkpoint_every_steps: optimizer steps between two saves of last.ckpt.

@@ -5,6 +5,8 @@ processes of a run, as torchrun would, from a parent that has imported all they 
 lightning cost each new interpreter eight seconds. Loader workers are the run's own.
 """
 
+import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from maepretrain.randomness import uniform
@@ -29,6 +32,8 @@ from maepretrain.randomness import uniform
 RECORDS, READS = "RECORDER_RECORDS", "RECORDER_READS"
 # "RANK:N": this rank stops for good in its N-th forward pass, after it wrote it down.
 HOLD = "RECORDER_HOLD"
+# "RANK:N": this rank kills itself before its N-th flush or rename of a file, counted from 0.
+DIE = "RECORDER_DIE"
 # A run that takes longer hangs.
 HANGS = 300
 
@@ -135,11 +140,13 @@ class Ranks:
 
     Args:
         log: what they print goes to `log/RANK.txt`, their records to `log/RANK.csv`, what they read
-            to `log/reads`.
+            to `log/reads`, what they hold when they save to `log/RANK.json`.
         argv: of `maepretrain`.
         world_size: how many.
-        strategy: what divides the work among several.
         hold: (rank, n): this rank stops for good in its n-th forward pass.
+        strategy: what divides the work; one process of ddp needs none.
+        settings: of the strategy, as options.
+        die: (rank, n): this rank kills itself before its n-th flush or rename of a file.
     """
 
     def __init__(
@@ -149,16 +156,20 @@ class Ranks:
         world_size: int = 1,
         hold: tuple[int, int] | None = None,
         strategy: str = "ddp",
+        settings: Sequence[object] = (),
+        die: tuple[int, int] | None = None,
     ) -> None:
         self.log, self.hold = log, hold
         log.mkdir(parents=True)
         words = [str(word) for word in argv]
-        if world_size > 1:
+        if world_size > 1 or strategy != "ddp":
             words += ["-c", f"strategy/{strategy}", "--trainer.devices", str(world_size)]
+            words += map(str, settings)
         environment = {
             RECORDS: str(log),
             READS: str(log / "reads"),
             HOLD: "" if hold is None else f"{hold[0]}:{hold[1]}",
+            DIE: "" if die is None else f"{die[0]}:{die[1]}",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
             "WORLD_SIZE": str(world_size),
@@ -227,7 +238,7 @@ def _children(pid: int) -> list[int]:
 def _context() -> ForkServerContext:
     """Forks from a process that has imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["recorder", "maepretrain.experiments"])
+    context.set_forkserver_preload(["recorder", "preloaded"])
     # The server imports before it learns where its parent imports from.
     kept = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -260,6 +271,8 @@ def _run_rank(words: list[str], environment: dict[str, str], rank: int) -> None:
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())
     _note_reads()
+    _note_held(rank)
+    _die_when_told(rank)
     sys.argv = ["maepretrain"]
     sys.exit(main(words))
 
@@ -279,3 +292,124 @@ def read_reads(folder: Path) -> list[tuple[str, int, int]]:
     """(file name, offset, bytes) of each read of a run."""
     rows = [line.split() for line in (folder / "reads").read_text().splitlines()]
     return [(Path(name).name, int(offset), int(size)) for name, offset, size in rows]
+
+
+class Held(NamedTuple):
+    """What one process held when it saved a checkpoint.
+
+    Args:
+        parameters: bytes of its share of the model's parameters.
+        stepped: bytes of the tensors that its optimizer steps.
+        optimizer: bytes of the optimizer's state.
+        groups: settings of the optimizer's parameter groups.
+        steps: that the optimizer has counted, for each tensor that it steps.
+        shared: whether two of these tensors share one count, which would count twice.
+    """
+
+    parameters: int
+    stepped: int
+    optimizer: int
+    groups: list[dict[str, float]]
+    steps: list[float]
+    shared: bool
+
+
+def _note_held(rank: int) -> None:
+    """What this process holds when it saves: asked of the tensors, not of the engine."""
+    import lightning as L
+
+    save, path = L.Trainer.save_checkpoint, Path(os.environ[RECORDS]) / f"{rank}.json"
+
+    def noted(trainer: L.Trainer, *arguments: Any, **options: Any) -> None:
+        append(path, json.dumps(_held(trainer)._asdict()) + "\n")
+        save(trainer, *arguments, **options)
+
+    cast(Any, L.Trainer).save_checkpoint = noted
+
+
+def _held(trainer: Any) -> Held:
+    optimizer = trainer.optimizers[0]
+    while hasattr(optimizer, "optimizer"):  # DeepSpeed's, and torch's in it
+        optimizer = optimizer.optimizer
+    counts = [state["step"] for state in optimizer.state.values() if "step" in state]
+    named = ("lr", "weight_decay", "lr_scale")
+    return Held(
+        sum(map(_bytes, trainer.lightning_module.parameters())),
+        sum(map(_bytes, optimizer.state)),
+        sum(_bytes(v) for state in optimizer.state.values() for k, v in state.items()),
+        [{name: group[name] for name in named} for group in optimizer.param_groups],
+        [float(count) for count in counts],
+        len({id(count) for count in counts}) < len(counts),
+    )
+
+
+def _bytes(tensor: Any) -> int:
+    """Of this process's share of a tensor."""
+    tensor = getattr(tensor, "ds_tensor", tensor)  # ZeRO-3
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # FSDP2
+    return tensor.numel() * tensor.element_size()
+
+
+def read_held(folder: Path) -> list[list[Held]]:
+    """By rank, what it held at each save."""
+    return [
+        [Held(**json.loads(line)) for line in path.read_text().splitlines()]
+        for path in sorted(folder.glob("*.json"))
+    ]
+
+
+def _die_when_told(rank: int) -> None:
+    """Count the moments at which a file may be lost, and end at one of them as `kill -9` does."""
+    told, _, last = os.environ[DIE].partition(":")
+    if told != str(rank):
+        return
+    moments = itertools.count()
+
+    def mortal(work: Any) -> Any:
+        def done(*arguments: Any, **options: Any) -> Any:
+            if next(moments) == int(last):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return work(*arguments, **options)
+
+        return done
+
+    os.fsync, os.rename, os.replace = map(mortal, (os.fsync, os.rename, os.replace))
+
+
+class Odd(nn.Module):
+    """A model that every engine cuts at awkward places: odd sizes, numbers of one axis, a layer
+    that is frozen, a buffer that is a count. Records its samples as `Recorder` does."""
+
+    shardable = True
+
+    def __init__(self, image_size: int = 16, channels: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        values = channels * image_size**2
+        self.blocks = nn.ModuleList(
+            [nn.Sequential(nn.Linear(values, 13), nn.GELU(), nn.Linear(13, 7)) for _ in range(2)]
+        )
+        self.frozen = nn.Linear(values, 7).requires_grad_(False)
+        self.gain = nn.Parameter(torch.ones(1))
+        self.last = nn.Linear(7, 3)
+        self.register_buffer("forwards", torch.tensor(0))
+        self.register_buffer("table", torch.arange(5) * 3)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`loss`: how far the output is from three numbers that belong to the image's position."""
+        x = batch["input"].flatten(1)
+        hidden = self.frozen(x) + sum(block(x) for block in self.blocks)
+        target = uniform(1, "target", batch["position"], 3)
+        losses = (self.last(hidden) * self.gain - target).square().mean(1)
+        if self.training:
+            cast(Tensor, self.forwards).add_(1)
+            folder, rank = Path(os.environ[RECORDS]), os.environ["RANK"]
+            lines = "".join(f"{position}\n" for position in batch["position"].tolist())
+            append(folder / f"{rank}.positions", lines)
+        return {"loss": losses.mean()}
+
+
+def read_positions(folder: Path) -> list[int]:
+    """Places in the run of the samples that `Odd` was trained on, in order."""
+    return sorted(
+        int(line) for path in folder.glob("*.positions") for line in path.read_text().splitlines()
+    )

@@ -21,10 +21,6 @@ class Sharded:
     `loaded()` what depends on it.
     """
 
-    precision_plugin: Any
-    optimizers: Any
-    global_rank: int
-
     @property
     def lightning_restore_optimizer(self) -> bool:
         """The optimizer's state is in the fragments."""
@@ -79,7 +75,7 @@ class Sharded:
         def agree(done: bool) -> bool:
             return cast(Any, self).reduce_boolean_decision(done, all=True)
 
-        save(path, meta, self.fragments(), self.global_rank, agree)
+        save(path, meta, self.fragments(), cast(Any, self).global_rank, agree)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {fragment.name: fragment.shape for fragment in self.fragments()}

@@ -10,6 +10,7 @@ on any number of processes.
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -60,8 +61,6 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         keep_whole: int = 10_000,
     ) -> None:
         self.on_cuda = torch.cuda.is_available()
-        if offload and not self.on_cuda:
-            raise ValueError("strategy offload moves memory from a GPU, and this machine has none")
         _prepare(self.on_cuda)
         zero: dict[str, Any] = {
             "stage": stage,
@@ -84,10 +83,12 @@ class ZeRO(Sharded, DeepSpeedStrategy):
             "zero_optimization": zero,
         }
         super().__init__(config=settings, logging_level=logging.ERROR)
-        self.stage = stage
+        self.stage, self.offload = stage, offload
 
     def setup_environment(self) -> None:
         """Processes and devices; on CPU without the check that refuses it."""
+        if self.offload and not self.on_cuda:
+            raise ValueError("ZeRO's offload moves memory from a GPU, and this machine has none")
         precision = self.precision_plugin.precision
         if precision not in ("32-true", *AUTOCAST):
             raise ValueError(f"precision {precision} under ZeRO: take 32-true or bf16-mixed")
@@ -202,9 +203,23 @@ class ZeRO(Sharded, DeepSpeedStrategy):
     def call(self, method: str, *arguments: Any) -> Any:
         """A method of the LightningModule, run where parameters are gathered as it needs them; all
         processes call it together."""
-        return self._forward_redirection(
-            cast(Any, self.model), self.trained_module(), method, *arguments
-        )
+        with self._outside_of_their_modules():
+            return self._forward_redirection(
+                cast(Any, self.model), self.trained_module(), method, *arguments
+            )
+
+    def _outside_of_their_modules(self) -> AbstractContextManager[Any]:
+        """At stage 3, gathers what a model reads of a part without calling it (a convolution's
+        weight, a token). DeepSpeed gathers it with the module that read it in training, which need
+        not run in another method, and would hand it out on its way, empty."""
+        if self.stage < 3:
+            return nullcontext()
+        from deepspeed import zero
+
+        found: dict[int, Tensor] = {}
+        for module in self.trained_module().modules():
+            found |= vars(module).get("_external_params", {})
+        return zero.GatheredParameters(list(found.values()))
 
 
 def _prepare(on_cuda: bool) -> None:

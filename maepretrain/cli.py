@@ -5,10 +5,11 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 
-from maepretrain import __version__
+from maepretrain import __version__, preemption
 from maepretrain.arguments import (
     UserError,
     configs_folder,
@@ -35,6 +36,7 @@ maepretrain VERB [OPTIONS]     pretrain masked autoencoders from WebDataset shar
   compare -c CONFIG...         train several models for equal CPU time, and judge them alike
   checkpoint consolidate RUN   one file of a run's weights, whatever engine divided them
   export --encoder RUN         the encoder for timm, Hugging Face or the official code
+  status RUN...                how far runs are, from their folders alone
 
   An encoder is a RUN folder, a file of weights, or timm:NAME.
 
@@ -161,6 +163,15 @@ def _compare(argv: list[str]) -> int:
     return compare_command(argv)
 
 
+def _status(argv: list[str]) -> int:
+    from maepretrain.status import status
+
+    parser = make_parser("status", config=False)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_function_arguments(status, skip={"runs"})
+    return status(**parse(parser, argv))
+
+
 def _configs(argv: list[str]) -> int:
     for name in shipped_configs():
         first = (configs_folder() / f"{name}.yaml").read_text().splitlines()[0]
@@ -182,6 +193,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "checkpoint": _checkpoint,
     "export": _export,
+    "status": _status,
     "configs": _configs,
 }
 
@@ -190,7 +202,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0, 1 (a check failed), 2 (a mistake in what was asked) or 130 (stopped).
+        0, 1 (a check failed), 2 (a mistake in what was asked), 75 (SLURM took the nodes: try again)
+        or 130 (stopped).
 
     Anything that a user can get wrong is a ValueError or an OSError below, and one line here.
     MAEPRETRAIN_TRACEBACK=1 shows where it came from.
@@ -205,15 +218,33 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[0] not in VERBS:
             raise UserError(f"no verb {argv[0]}: take one of {', '.join(VERBS)}")
-        return VERBS[argv[0]]([_underscored(word) for word in argv[1:]])
+        saves = argv[0] in ("pretrain", "finetune")
+        with preemption.listener.listening() if saves else nullcontext():
+            return VERBS[argv[0]]([_underscored(word) for word in argv[1:]])
+    except preemption.Preempted:
+        return preemption.TRY_AGAIN
     except (UserError, ValueError, OSError) as error:
         if os.environ.get("MAEPRETRAIN_TRACEBACK"):
             traceback.print_exc()
-        print(f"maepretrain: error: {one_line(str(error))}", file=sys.stderr)
+        line = f"maepretrain: error: {one_line(str(error))}"
+        print(line, file=sys.stderr)
+        _leave_word(line)
         return 2
     except KeyboardInterrupt:
         print("maepretrain: stopped", file=sys.stderr)
         return 130
+    except Exception:
+        _leave_word(traceback.format_exc())
+        raise
+
+
+def _leave_word(why: str) -> None:
+    """Why this rank failed, for its job script, which prints the first one's last."""
+    folder = os.environ.get("MAEPRETRAIN_ERRORS")
+    if folder:
+        with suppress(OSError):  # the folder may be what fails
+            path = Path(folder) / f"rank-{os.environ.get('SLURM_PROCID', '0')}.txt"
+            path.write_text(why.rstrip() + "\n")
 
 
 def _underscored(word: str) -> str:

@@ -4,7 +4,9 @@ import logging
 import warnings
 from typing import Any, cast
 
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import distributed as dist
 
 
 def is_rank_zero() -> bool:
@@ -30,6 +32,16 @@ def run_on_all(trainer: Any, method: str, *arguments: Any) -> Any:
     return getattr(trainer.lightning_module, method)(*arguments)
 
 
+def largest_on_all(trainer: Any, *values: int) -> list[int]:
+    """The largest of each value over all processes, which call this together; waits for the
+    device."""
+    if trainer.world_size == 1:
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.int32, device=trainer.strategy.root_device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
 def quiet_lightning() -> None:
     """Keep Lightning's tips and repeated device lists away from what a run has to say; its warnings
     stay."""
@@ -40,6 +52,8 @@ def quiet_lightning() -> None:
     # True of plain loaders; ours is a stream that knows where it stopped.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # A machine that has SLURM and is asked for a run outside of it, such as a login node.
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
     # DeepSpeed's use of torch functions that have new names.
     warnings.filterwarnings(
         "ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning

@@ -85,7 +85,13 @@ def pretrain_parser(parser: ArgumentParser) -> ArgumentParser:
 
 def pretrain_command(argv: list[str]) -> int:
     """The verb `pretrain`; 0 when it came to its end, 130 when it was stopped."""
-    return run_experiment(pretrain, pretrain_parser(make_parser("pretrain")), argv)
+    return of_rank(run_experiment(pretrain, pretrain_parser(make_parser("pretrain")), argv))
+
+
+def of_rank(code: int) -> int:
+    """An exit code, which is rank zero's: Lightning kills the process that started the others when
+    one of them exits with an error."""
+    return code if is_rank_zero() else 0
 
 
 def run_experiment(function: Any, parser: ArgumentParser, argv: list[str]) -> int:
@@ -98,6 +104,4 @@ def run_experiment(function: Any, parser: ArgumentParser, argv: list[str]) -> in
     resolved = parser.dump(config, skip_unset=False)
     torch.manual_seed(config.seed)
     arguments = parser.instantiate(config).as_dict()
-    ended = function(**arguments, config=resolved)
-    # Lightning kills the process that started the others when one of them exits with an error.
-    return 0 if ended or not is_rank_zero() else 130
+    return 0 if function(**arguments, config=resolved) else 130

@@ -68,8 +68,10 @@ def pretrain(
     resume: bool = False,
     ckpt_path: str = "auto",
     allow_reorder: bool = False,
+    same_config: bool = False,
     overwrite: bool = False,
     checkpoint_every_steps: int = 1000,
+    checkpoint_every_minutes: float = 10.0,
     keep_every_steps: int | None = None,
     pictures: int = 8,
     live_probe: int = 0,
@@ -92,8 +94,11 @@ def pretrain(
             or, where that cannot be read, the one of most steps.
         allow_reorder: resume although another global batch, index or other data settings change
             the order of samples: from the same number of samples on.
+        same_config: with resume: refuse a run folder whose configuration differs in more than the
+            length of the run and where it runs, as job scripts do.
         overwrite: delete the run that the folder holds.
         checkpoint_every_steps: optimizer steps between two saves of last.ckpt.
+        checkpoint_every_minutes: time between two saves, whatever the steps; what a kill can lose.
         keep_every_steps: also keep a checkpoint for good every so many steps.
         pictures: held-out images drawn at each validation; 0 for none.
         live_probe: training samples of the labelled bank on which a linear probe and k-NN are
@@ -111,6 +116,7 @@ def pretrain(
     Raises:
         ValueError: a run folder that holds another run, sizes that do not divide, a stream that
             cannot be resumed, losses or weights that are not finite.
+        Preempted: SLURM took the nodes; the run goes on from its checkpoint.
     """
     set_threads(threads)
     if getattr(model, "needs_labels", False):
@@ -119,7 +125,7 @@ def pretrain(
     arguments = in_steps(trainer, data.order.steps_per_epoch)
     guard = NonFinite(nonfinite)
     callbacks: list[L.Callback] = [guard]
-    with RunFolder(run, resume, overwrite, config, ckpt_path) as folder:
+    with RunFolder(run, resume, overwrite, config, ckpt_path, same_config) as folder:
         if data.val_index is not None:
             callbacks.append(_best(folder.path))
             if pictures and hasattr(model, "reconstruct"):
@@ -128,11 +134,15 @@ def pretrain(
                 callbacks.append(LiveEvaluation(live_probe))
         elif live_probe:
             raise ValueError("live_probe needs held-out shards: set data.val")
-        last = LastCheckpoint(folder, checkpoint_every_steps, keep_every_steps)
+        often = (checkpoint_every_steps, checkpoint_every_minutes)
+        last = LastCheckpoint(folder, *often, keep_every_steps)
         if compile:
             model.compile()
         module = Pretrain(model, optim, data, arguments["max_steps"], seed, guard)
-        return fit(module, data, arguments, folder, callbacks, last)[0]
+        ended, _ = fit(module, data, arguments, folder, callbacks, last)
+        if ended:
+            folder.mark(state="done")
+        return ended
 
 
 def _require_labels(data: ShardData, purpose: str) -> None:

@@ -1,13 +1,15 @@
 """The run folder: config.yaml, metrics.csv, TensorBoard events, checkpoints and pictures of one
 run, and nothing of another.
 
-RUN/config.yaml  metrics.csv  events.out.tfevents.*  checkpoints/{last,best,...}.ckpt  pictures/
+RUN/config.yaml  status.json  metrics.csv  events.out.tfevents.*  pictures/
+    checkpoints/{last,best,...}.ckpt
 """
 
 import csv
 import fcntl
 import shutil
 import time
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from typing import IO, Any
@@ -31,13 +33,23 @@ from maepretrain.engines.fragments import (
     take_name,
 )
 from maepretrain.files import replacing
+from maepretrain.preemption import Preempted
+from maepretrain.status import read_status, write_status
 
 # Seconds for which a lock is tried.
 LOCK_ATTEMPTS = 8
+# What may differ where a resume is asked for the same configuration: how long the run is, where it
+# runs, and what it keeps.
+ELSEWHERE = (
+    *("threads:", "compile:", "allow_reorder:", "live_probe:", "pictures:"),
+    *("checkpoint_every", "keep_every", "run:", "data.num_workers:", "data.cache"),
+    *("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.strategy"),
+    *("trainer.accumulate_grad_batches", "trainer.max_", "trainer.log_every", "trainer.profiler"),
+)
 # They stay when a run fails before its first checkpoint: they may be the reason.
 LISTS = ("faults.csv", "nonfinite.csv")
 NAMES = {
-    *("config.yaml", "metrics.csv", "hparams.yaml", "results.json"),
+    *("config.yaml", "status.json", "metrics.csv", "hparams.yaml", "results.json"),
     *LISTS,
     *("checkpoints", "pictures"),
 }
@@ -59,6 +71,8 @@ class RunFolder:
         config: the run's configuration, written to config.yaml.
         ckpt_path: which checkpoint a resume takes: "last", "best", a path, or "auto", which is
             last or, where that cannot be read, the one of most steps.
+        same_config: a resume refuses a run that computes something else than `config` does; how
+            long it is and where it runs may differ (ELSEWHERE).
 
     Raises:
         ValueError: the folder holds another run, or a process that is still writing; a checkpoint
@@ -66,7 +80,13 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, resume: bool, overwrite: bool, config: str, ckpt_path: str = "auto"
+        self,
+        path: Path,
+        resume: bool,
+        overwrite: bool,
+        config: str,
+        ckpt_path: str = "auto",
+        same_config: bool = False,
     ) -> None:
         if resume and overwrite:
             raise ValueError("take either --resume or --overwrite, not both")
@@ -74,7 +94,7 @@ class RunFolder:
         if ckpt_path != "auto" and not resume:
             raise ValueError(f"ckpt_path {ckpt_path} is for a run that goes on: add --resume")
         self._resume, self._overwrite, self._config = resume, overwrite, config
-        self._ckpt_path = ckpt_path
+        self._ckpt_path, self._same_config = ckpt_path, same_config
         self._lock: IO[str] | None = None
         self._old: list[Path] = []
         self._began = False
@@ -100,6 +120,12 @@ class RunFolder:
             return
         if error is not None and not (self.path / "checkpoints").exists():
             self._leave()
+        elif error is not None and self._began and not issubclass(error, Preempted):
+            # A full disk may be the failure, and must not hide it.
+            with suppress(OSError, ValueError):
+                # Lightning makes a SystemExit of a second Ctrl-C.
+                at_once = issubclass(error, KeyboardInterrupt | SystemExit)
+                self.mark(state="stopped" if at_once else "failed")
         # Loader processes inherited the lock; it must not outlive the run with them.
         fcntl.flock(self._lock, fcntl.LOCK_UN)
         self._lock.close()
@@ -120,7 +146,19 @@ class RunFolder:
                 f"run folder {self.path} holds a run already: add --resume to go on with it, "
                 "--overwrite to delete it, or take another --run"
             )
+        if saved.exists() and self._resume and self._same_config:
+            self._refuse_another(saved.read_text())
         self._old = [path for path in before if _of_a_run(path)] if not self._resume else []
+
+    def _refuse_another(self, before: str) -> None:
+        """A job that always resumes must not go on with another experiment's run by mistake."""
+        differs = [line for line in changes(before, self._config) if not line.startswith(ELSEWHERE)]
+        if differs:
+            self._unlock()
+            raise ValueError(
+                f"run folder {self.path} belongs to another configuration: {'; '.join(differs)}; "
+                "take another --run, or go on with what has changed by --same_config false"
+            )
 
     def _take_lock(self) -> None:
         lock = (self.path / ".lock").open("w")
@@ -162,7 +200,14 @@ class RunFolder:
                 say(f"resumed with  {line}")
         with replacing(saved) as file:
             file.write(self._config.encode())
+        starts = read_status(self.path).get("starts", 0) if self._resume else 0
+        self.mark(state="running", starts=starts + 1)
         self._began = True
+
+    def mark(self, **changed: Any) -> None:
+        """Change some values of status.json, on rank zero."""
+        if is_rank_zero():
+            write_status(self.path, **changed)
 
     def _leave(self) -> None:
         """A run that failed before its first checkpoint leaves what was there before it."""
@@ -198,7 +243,7 @@ class RunFolder:
 def changes(before: str, now: str) -> list[str]:
     """`key: old -> new` for every value that differs between two YAML configurations."""
     old, new = (_flat(yaml.safe_load(text) or {}) for text in (before, now))
-    ignored = {"resume", "overwrite", "ckpt_path"}
+    ignored = {"resume", "overwrite", "ckpt_path", "same_config"}
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())

@@ -5,6 +5,7 @@ A run is one Lightning epoch over a stream of micro-batches (see `data/module.py
 counts steps and epochs are ours to convert.
 """
 
+from contextlib import suppress
 from typing import Any, cast
 
 import lightning as L
@@ -13,15 +14,23 @@ from jaxtyping import Float, Shaped
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import Tensor, nn
 
-from maepretrain.callbacks import LastCheckpoint, Throughput, progress
+from maepretrain.callbacks import (
+    VALIDATION_IS_DUE,
+    LastCheckpoint,
+    MidValidation,
+    Throughput,
+    progress,
+)
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch
 from maepretrain.distributed import say
 from maepretrain.engines.fsdp import FSDP2
 from maepretrain.engines.sharded import Sharded
 from maepretrain.optim import Group, Optimization, check_groups, describe
+from maepretrain.preemption import Preempted, Stop, under_slurm
 from maepretrain.runs import RunFolder, WholeCheckpointIO
 
 # What gloo and NCCL say where another process of the run has ended.
@@ -146,6 +155,10 @@ class Scheduled(L.LightningModule):
         loops = checkpoint["loops"]["fit_loop"]
         done = begin // (data.stream.micro_batch * data.stream.world_size)
         _set_progress(loops["epoch_loop.batch_progress"], done, "processed")
+        if checkpoint.get(VALIDATION_IS_DUE):
+            # As Lightning knows a validation that was cut in its first batch: it runs anew, whole.
+            due = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            loops["epoch_loop.val_loop.batch_progress"] |= {"total": dict(due), "current": due}
         optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
         for name in ("step", "zero_grad"):
             _set_progress(optimizer[name], begin // data.global_batch, "completed")
@@ -230,18 +243,23 @@ def fit(
 
     Raises:
         ValueError: what Lightning refuses, sizes that do not divide, a checkpoint of another model.
+        Preempted: SLURM took the nodes.
     """
     throughput = Throughput(data.global_batch)
     bar = progress(throughput)
     if data.val_index is None:
         trainer = trainer | {"limit_val_batches": 0}
+    plugins: list[Any] = [WholeCheckpointIO()]
+    if SLURMEnvironment.detect():
+        # Lightning's own requeue saves in the middle of a step, without asking the other ranks.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     try:
         engine = L.Trainer(
             **trainer,
             default_root_dir=folder.path,
             logger=folder.loggers(),
             enable_model_summary=False,
-            plugins=[WholeCheckpointIO()],
+            plugins=plugins,
             enable_progress_bar=isinstance(bar, RichProgressBar),
             # Throughput comes last: what it does not see between two steps is waiting for data.
             callbacks=[*callbacks, last, bar, throughput],
@@ -254,7 +272,12 @@ def fit(
         if (state := folder.state()) is not None:
             data.resumes_at(_data_state(state))  # refused here, it has not touched the folder yet
         _describe(data, engine, accumulation, module)
-        engine.fit(module, data, ckpt_path=folder.resume_from, weights_only=True)
+        if under_slurm():
+            # Lightning's handler of SIGTERM meets the other ranks wherever they are; ours, which
+            # the verb began with, takes note.
+            cast(Any, engine)._signal_connector.register_signal_handlers = lambda: None
+        with suppress(MidValidation):
+            engine.fit(module, data, ckpt_path=folder.resume_from, weights_only=True)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except RuntimeError as error:
@@ -268,10 +291,14 @@ def fit(
             f"the model differs from the one in {folder.resume_from}: {error}"
         ) from error
     if last.stopped:
+        preempted = last.stopped == Stop.PREEMPTED
+        folder.mark(state="preempted" if preempted else "stopped")
         say(
             f"stopped at step {engine.global_step} of {trainer['max_steps']} with a checkpoint; "
             "go on with the same command and --resume"
         )
+        if preempted:
+            raise Preempted
     return not last.stopped, engine
 
 

@@ -215,10 +215,11 @@ def test_mixed_precision_and_clipping_train(
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_at_a_step_and_goes_on(
-    tmp_path: Path, shards: Path, pretrain_tiny: Run
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_at_a_step_and_goes_on(
+    tmp_path: Path, shards: Path, pretrain_tiny: Run, number: signal.Signals
 ) -> None:
-    """A real process with loader workers gets SIGINT in its whole group, as from a terminal."""
+    """A real process with loader workers gets it in its whole group, as from a terminal."""
     length = ["--trainer.max_steps", "150", "--checkpoint_every_steps", "1000000"]
     command = [sys.executable, "-m", "maepretrain", "pretrain", "-c", "mae/digits"]
     command += ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
@@ -232,7 +233,7 @@ def test_ctrl_c_stops_at_a_step_and_goes_on(
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130, out
     assert "with a checkpoint; go on with the same command and --resume" in out

@@ -1,5 +1,6 @@
 """The run folder: what a full disk, a damaged file and a second process leave behind."""
 
+import json
 import resource
 from pathlib import Path
 
@@ -109,11 +110,14 @@ def test_a_refused_run_changes_nothing(tmp_path: Path, resume: bool, overwrite: 
 def test_overwriting_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
     for name in ("config.yaml", "results.json", "notes.txt", "events.out.tfevents.1"):
         (tmp_path / name).write_text("old")
+    (tmp_path / "status.json").write_text('{"state": "done", "starts": 3, "saved_step": 9}')
     (tmp_path / "pictures").mkdir()
     with RunFolder(tmp_path, resume=False, overwrite=True, config="new") as folder:
         folder.begin()
     left = {p.name: p.read_text() for p in tmp_path.iterdir() if p.name != ".lock"}
+    status = json.loads(left.pop("status.json"))
     assert left == {"config.yaml": "new", "notes.txt": "old"}
+    assert status.items() >= {"state": "running", "starts": 1}.items() and len(status) == 3
 
 
 def test_half_a_row_does_not_stop_a_resume(tmp_path: Path) -> None:

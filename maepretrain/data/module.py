@@ -5,6 +5,10 @@ order. That is what makes a resume exact: the position of the stream is the numb
 that the training loop consumed, and nothing else.
 """
 
+import atexit
+import multiprocessing
+import multiprocessing.util
+import signal
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -415,9 +419,22 @@ class ShardData(L.LightningDataModule):
         )
 
 
-def _quiet_worker(_: int) -> None:
-    """Ctrl-C reaches the whole process group: the training process decides when workers end."""
-    import signal
+def _end_workers() -> None:
+    """At the end of the process, whatever the end: multiprocessing sends loader processes SIGTERM,
+    which they ignore, and would wait for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+# Before multiprocessing's own, which was registered before.
+atexit.register(_end_workers)
+
+
+def _quiet_worker(_: int) -> None:
+    """Ctrl-C, and the signals of SLURM, reach the whole process group: the training process, which
+    needs batches until its next step ends, decides when workers end. Without it they end by
+    themselves: torch's loop looks for its parent every few seconds."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

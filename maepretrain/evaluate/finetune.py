@@ -23,7 +23,7 @@ from maepretrain.evaluate.frozen import CONFUSED, shown
 from maepretrain.evaluate.labels import choose_labels, count_classes
 from maepretrain.evaluate.results import print_table, spread, write_results
 from maepretrain.evaluate.targets import Targets, Task
-from maepretrain.experiments import add_experiment, run_experiment
+from maepretrain.experiments import add_experiment, of_rank, run_experiment
 from maepretrain.nonfinite import NonFinite
 from maepretrain.optim import Optimization
 from maepretrain.plots import confusion_matrix, most_confused
@@ -58,8 +58,10 @@ def finetune(
     resume: bool = False,
     ckpt_path: str = "auto",
     allow_reorder: bool = False,
+    same_config: bool = False,
     overwrite: bool = False,
     checkpoint_every_steps: int = 1000,
+    checkpoint_every_minutes: float = 10.0,
     nonfinite: int = 10,
     threads: int | None = None,
     config: str = "",
@@ -95,8 +97,11 @@ def finetune(
         ckpt_path: the checkpoint that a resume takes: last, best, a path, or auto, which is last
             or, where that cannot be read, the one of most steps.
         allow_reorder: resume although other settings change the order of samples.
+        same_config: with resume: refuse a run folder whose configuration differs in more than the
+            length of the run and where it runs, as job scripts do.
         overwrite: delete the run that the folder holds.
         checkpoint_every_steps: optimizer steps between two saves of last.ckpt.
+        checkpoint_every_minutes: time between two saves, whatever the steps; what a kill can lose.
         nonfinite: micro-batches in a row with a non-finite loss after which the run stops. Each
             trains nothing; its samples are listed in RUN/nonfinite.csv.
         threads: compute threads of each process on the CPU. Default torch's choice.
@@ -109,6 +114,7 @@ def finetune(
         ValueError: labels that are missing, out of range or too few; an encoder, head and recipe
             that do not go together; a run folder that holds another run; losses or weights that
             are not finite.
+        Preempted: SLURM took the nodes; the run goes on from its checkpoint.
     """
     set_threads(threads)
     table = _use_targets(data, task, targets, classes)
@@ -128,11 +134,11 @@ def finetune(
     guard = NonFinite(nonfinite)
     recipe = (augment, trained_blocks, drop_path, ema, label_smoothing, seed, table, guard)
     module = Classifier(model, classifier, optim, data, arguments["max_steps"], *recipe)
-    with RunFolder(run, resume, overwrite, config, ckpt_path) as folder:
+    with RunFolder(run, resume, overwrite, config, ckpt_path, same_config) as folder:
         origin = f"architecture of {encoder}, from scratch" if scratch else f"encoder {encoder}"
         what = f"{count} classes" if table is None else f"{task} of {count}"
         say(f"classifier    {what}, {len(data.index):,} labelled images, {origin}")
-        last = LastCheckpoint(folder, checkpoint_every_steps)
+        last = LastCheckpoint(folder, checkpoint_every_steps, checkpoint_every_minutes)
         ended, engine = fit(module, data, arguments, folder, [guard], last)
         if ended and data.val_index is not None:
             if module.scored_at != engine.global_step:
@@ -140,6 +146,8 @@ def finetune(
                 engine.validate(module, data, verbose=False)
             about = {"encoder": encoder, "scratch": scratch, "seed": seed}
             _report(run, module, data, engine, about)
+        if ended:
+            folder.mark(state="done")
     return ended
 
 
@@ -259,7 +267,7 @@ def finetune_command(argv: list[str]) -> int:
     if asked.seeds < 1:
         raise ValueError(f"seeds {asked.seeds} must be at least 1")
     if asked.seeds == 1:
-        return run_experiment(finetune, parser, argv)
+        return of_rank(run_experiment(finetune, parser, argv))
     results = []
     for seed in range(asked.seed, asked.seed + asked.seeds):
         run = Path(asked.run) / f"seed-{seed}"
@@ -268,7 +276,7 @@ def finetune_command(argv: list[str]) -> int:
         done = asked.resume and path.exists()
         fresh = finetune_parser(make_parser("finetune"))
         if not done and (code := run_experiment(finetune, fresh, one)):
-            return code
+            return of_rank(code)
         if path.exists():
             results.append(json.loads(path.read_text())["finetune"])
     _summarise(Path(asked.run), results)

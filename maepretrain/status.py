@@ -1,0 +1,139 @@
+"""What a run folder says of its run, without torch: RUN/status.json, and the verb `status`.
+
+RUN/status.json is the one place that says whether a run came to its end:
+
+    state             running, preempted (SLURM took the nodes), stopped (by Ctrl-C), failed, done
+    starts            how often the run was started; one more than its restarts
+    steps             optimizer steps of the whole run
+    steps_per_epoch   of them in an epoch
+    global_batch      samples of a step
+    saved_step        step of the last checkpoint, and `saved_at`, its time
+    changed_at        of this file; times are seconds since 1970
+
+A run that was killed says "running"; how long its folder has been silent tells.
+"""
+
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from maepretrain.files import replacing
+
+FILE = "status.json"
+# Of metrics.csv, they have columns of their own or say nothing of a model.
+ELSEWHERE = {"step", "epoch", "img_per_s", "data_wait", "lr", "skipped"}
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """What RUN/status.json holds; empty where the run has not begun.
+
+    Raises:
+        ValueError: it is no status of a run.
+    """
+    path = run / FILE
+    if not path.exists():
+        return {}
+    try:
+        status = json.loads(path.read_text())
+        str(status["state"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no status of a run ({type(error).__name__})") from None
+    return status
+
+
+def write_status(run: Path, **changed: Any) -> None:
+    """Change some values of RUN/status.json."""
+    status = read_status(run) | changed | {"changed_at": time.time()}
+    with replacing(run / FILE) as file:
+        file.write((json.dumps(status, indent=1) + "\n").encode())
+
+
+def status(runs: list[Path], done: bool = False) -> int:
+    """Print a row for each run.
+
+    Args:
+        runs: run folders.
+        done: fail where a run has not come to its end, and say which.
+
+    Returns:
+        0, or with `done` 1 where a run has not come to its end.
+
+    Raises:
+        ValueError: a folder that holds no run.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = {str(run): describe(run) for run in runs}
+    table = Table(box=box.SIMPLE, padding=0, collapse_padding=True)
+    columns = list(next(iter(rows.values()), {}))
+    for name in ("run", *columns):
+        table.add_column(name, no_wrap=True)
+    for name, row in rows.items():
+        table.add_row(name, *row.values())
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=240)  # rich takes 80 columns for a log, and cuts
+    console.print(table)
+    unfinished = [name for name, row in rows.items() if row["state"] != "done"]
+    if done and unfinished:
+        states = ", ".join(f"{name} ({rows[name]['state']})" for name in unfinished)
+        print(f"not come to its end: {states}")
+    return 1 if done and unfinished else 0
+
+
+def describe(run: Path, now: float | None = None) -> dict[str, str]:
+    """A run in words: state, step, epoch, img/s, ETA, restarts, last checkpoint, last metrics.
+
+    Args:
+        run: the run folder.
+        now: seconds since 1970; default the present.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    if not (run / "config.yaml").exists():
+        raise ValueError(f"{run} holds no run: it has no config.yaml")
+    now = time.time() if now is None else now
+    found, last = read_status(run), last_values(run / "metrics.csv")
+    step = int(last["step"]) + 1 if "step" in last else 0
+    step = max(step, int(found.get("saved_step", 0)))
+    state, steps = found.get("state", "not begun"), found.get("steps", 0)
+    rate = float(last.get("img_per_s", 0))
+    row = {"state": state, "step": f"{step:,}/{steps:,}" if steps else f"{step:,}"}
+    row["epoch"] = f"{step / found['steps_per_epoch']:.1f}" if "steps_per_epoch" in found else "-"
+    row["img/s"] = f"{rate:,.0f}" if rate else "-"
+    runs_on = state == "running" and rate
+    row["ETA"] = duration((steps - step) * found["global_batch"] / rate) if runs_on else "-"
+    row["restarts"] = str(found["starts"] - 1) if "starts" in found else "-"
+    row["last checkpoint"] = "-"
+    if "saved_step" in found:
+        ago = duration(now - found["saved_at"])
+        row["last checkpoint"] = f"step {found['saved_step']:,}, {ago} ago"
+    files = (run / name for name in (FILE, "metrics.csv", "config.yaml"))
+    silent = now - max(path.stat().st_mtime for path in files if path.exists())
+    row["silent"] = duration(silent) if state == "running" else "-"
+    metrics = {name: value for name, value in last.items() if name not in ELSEWHERE}
+    row["last metrics"] = " ".join(f"{name} {float(v):.4g}" for name, v in metrics.items())
+    return row
+
+
+def last_values(path: Path) -> dict[str, str]:
+    """The last value of each column of metrics.csv."""
+    values: dict[str, str] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                values |= {name: value for name, value in row.items() if name and value}
+    return values
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 42 s, 12 min, 3.5 h, 2.1 d."""
+    for unit, size in (("d", 86400), ("h", 3600)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{max(0, seconds):.0f} s"

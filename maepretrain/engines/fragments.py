@@ -89,7 +89,7 @@ def save(
     def write() -> None:
         file = partial / f"rank-{rank:05d}.safetensors"
         tensors = {
-            f"{kind}:{f.name}:{f.start if values.ndim else 0}": values.detach().cpu().clone()
+            f"{kind}:{f.name}:{f.start if values.ndim else 0}": values.detach().to("cpu", copy=True)
             for f in fragments
             if f.written
             for kind, values in f.values.items()

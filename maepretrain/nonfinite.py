@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
 
 from maepretrain.data.faults import as_csv
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch
 from maepretrain.distributed import say
+from maepretrain.engines.sharded import copies
 
 COLUMNS = ("step", "rank", "position", "key", "shard")
 
@@ -178,7 +178,7 @@ class NonFinite(L.Callback):
             ValueError: trained weights of any rank that are not finite.
         """
         trained = (p for p in pl_module.parameters() if p.requires_grad)
-        finite = all(bool(_local(p).isfinite().all()) for p in trained)
+        finite = all(bool(copies(p)[0].isfinite().all()) for p in trained)
         if not on_all_ranks(torch.tensor(finite, device=pl_module.device)):
             raise ValueError(
                 f"the weights after step {trainer.global_step - 1} are not finite and were not "
@@ -200,13 +200,6 @@ def _restore(buffers: list[Tensor], before: list[Tensor]) -> None:
     for buffer, value in zip(buffers, before, strict=True):
         if not torch.equal(buffer, value):
             buffer.copy_(value)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter: of FSDP's, of ZeRO-3's, or all of it."""
-    if isinstance(parameter, DTensor):
-        return parameter.to_local()
-    return getattr(parameter, "ds_tensor", parameter)
 
 
 def _list_of(trainer: L.Trainer) -> Path:

@@ -422,6 +422,8 @@ class ShardData(L.LightningDataModule):
 def _end_workers() -> None:
     """At the end of the process, whatever the end: multiprocessing sends loader processes SIGTERM,
     which they ignore, and would wait for ever."""
+    # torch's handler would call their death an error.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -11,10 +11,10 @@ from typing import Any, cast
 import lightning as L
 import torch
 from jaxtyping import Float, Shaped
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import Tensor, nn
 
 from maepretrain.callbacks import (

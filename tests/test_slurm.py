@@ -23,7 +23,7 @@ from maepretrain.engines.fragments import Saved
 ROOT = Path(__file__).parent.parent
 BATCH, STEPS = 24, 18
 # A start takes ten seconds of a core for its imports, and all jobs share what there is.
-ENDS = 280
+ENDS = 400
 SLOW = ["--model.pace", "0.5"]
 
 reason = why_not()

@@ -17,8 +17,7 @@ from maepretrain.engines.fragments import WEIGHT, Fragment, Saved, load, numbere
 class Sharded:
     """Mixed into a Lightning strategy, before it: checkpoints as fragments (see `fragments.py`).
 
-    A strategy gives `fragments()`, its memory under the names of the state dict, and mends in
-    `loaded()` what depends on it.
+    A strategy gives `fragments()`, its memory under the names of the state dict.
     """
 
     @property
@@ -57,9 +56,6 @@ class Sharded:
                 number for a parameter: made where it is missing. None leaves it as it is.
         """
         raise NotImplementedError
-
-    def loaded(self) -> None:
-        """The fragments hold other numbers than before."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
@@ -103,7 +99,6 @@ class Sharded:
                 kinds[kind] = saved.single(kind, name) is not None
         with torch.no_grad():
             load(self.fragments(kinds), saved)
-        self.loaded()
         del self._saved
 
 

@@ -194,12 +194,6 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         cut = {k: v.narrow(0, start, count) if v.ndim else v for k, v in state.items()}
         return {WEIGHT: flat.data.narrow(0, start, count)} | cut
 
-    def loaded(self) -> None:
-        """At stage 3 the parameters that stay whole are gathered anew."""
-        if self.stage == 3 and (kept := self._zero.persistent_parameters):
-            kept[0].partition(kept, has_been_updated=False)
-            kept[0].all_gather(kept)
-
     def call(self, method: str, *arguments: Any) -> Any:
         """A method of the LightningModule, run where parameters are gathered as it needs them; all
         processes call it together."""

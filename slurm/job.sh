@@ -154,7 +154,7 @@ to_be_continued() {
 # Jobs that wait for the success of this one would wait for ever.
 cancel_dependents() {
     local others
-    others=$(squeue --noheader --format='%i %E' |
+    others=$(squeue --noheader --sort=i --format='%i %E' |
         awk -v id="$SLURM_JOB_ID" '$2 ~ "after(ok|corr):" id "([^0-9]|$)" { print $1 }' |
         paste -sd ' ')
     if [[ -n $others ]]; then

@@ -226,13 +226,16 @@ def chain(place: Place, recipe: list[str]) -> dict[str, str]:
 
 
 def test_a_chain_whose_first_stage_fails(place: Place) -> None:
-    jobs = chain(place, place.recipe("fails", "--model.fails_at", 100))
+    # After its first checkpoint: a run that fails before it leaves no trace.
+    recipe = place.recipe("fails", "--model.fails_at", 100, "--checkpoint_every_steps", 2)
+    jobs = chain(place, recipe)
     assert place.ended(jobs["pretrain"])["JobState"] == "FAILED"
     for stage in ("probe", "finetune"):
         assert place.ended(jobs[stage])["JobState"] == "CANCELLED"
         assert not place.log(jobs[stage])
     log = place.log(jobs["pretrain"])
-    assert f"cancelled, since they wait for its success: jobs {jobs['probe']} " in log
+    others = f"{jobs['probe']} {jobs['finetune']}"
+    assert f"cancelled, since they wait for its success: jobs {others}" in log
     *_, last = log.strip().splitlines()
     assert last == "RuntimeError: position 100 is where this model fails"
     assert "the first rank that failed, rank-0:" in log
@@ -260,7 +263,7 @@ def refused_jobs(place: Place) -> dict[str, str]:
     recipe = place.recipe("refused")
     how: dict[str, tuple[list[str], list[str], dict[str, str]]] = {
         "MASTER_ADDR": (TWO_NODES, [], {"MASTER_ADDR": "n1"}),
-        "tasks": (["--nodes=2", "--ntasks=3", "--cpus-per-task=1"], [], {}),
+        "tasks": (["--nodes=2", "--ntasks=3", "--ntasks-per-node=2", "--cpus-per-task=1"], [], {}),
         "shards": (TWO_NODES, ["--data.train", "/nowhere/*.tar"], {}),
         "config": (TWO_NODES, ["-c", "mae/nowhere"], {}),
         "access": (TWO_NODES, ["--run", "/proc/nowhere"], {}),

@@ -88,8 +88,8 @@ look_around() {
 # Run `maepretrain VERB OPTIONS...` on all tasks, and say or do what follows from its end.
 work() {
     local code=0
-    step='' stopping=''
-    trap 'pass_on USR1' USR1
+    step='' stopping='' limit=''
+    trap 'limit=yes; pass_on USR1' USR1
     trap 'pass_on TERM' TERM
     errors=$(mktemp -d "$PWD/.errors-$SLURM_JOB_ID-XXXXXX")
     export MAEPRETRAIN_ERRORS=$errors
@@ -122,9 +122,13 @@ conclude() {
         echo "job $SLURM_JOB_ID was cancelled: it does not come back" >&2
         code=143
     elif [[ $code != 0 ]] && to_be_continued "$code"; then
-        echo "job $SLURM_JOB_ID goes back into the queue, and on from its last checkpoint" >&2
-        # SLURM itself may have done it.
-        scontrol requeue "$SLURM_JOB_ID" >/dev/null 2>&1 || true
+        if [[ -n $limit ]]; then
+            echo "job $SLURM_JOB_ID goes back into the queue, and on from its last checkpoint" >&2
+            scontrol requeue "$SLURM_JOB_ID" >/dev/null 2>&1 || true
+        else
+            # TERM alone: SLURM requeues what it preempts, and what scancel ended must stay away.
+            echo "job $SLURM_JOB_ID was stopped by SLURM, which requeues it after a preemption" >&2
+        fi
         code=75
     elif [[ $code != 0 ]]; then
         echo "job $SLURM_JOB_ID failed with exit code $code" >&2

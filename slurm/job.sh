@@ -88,8 +88,8 @@ look_around() {
 # Run `maepretrain VERB OPTIONS...` on all tasks, and say or do what follows from its end.
 work() {
     local code=0
-    step='' stopping='' limit=''
-    trap 'limit=yes; pass_on USR1' USR1
+    step='' stopping=''
+    trap 'pass_on USR1' USR1
     trap 'pass_on TERM' TERM
     errors=$(mktemp -d "$PWD/.errors-$SLURM_JOB_ID-XXXXXX")
     export MAEPRETRAIN_ERRORS=$errors
@@ -115,22 +115,22 @@ pass_on() {
 }
 
 conclude() {
-    local code=$1 first
+    local code=$1 state first
     first=$(find "$errors" -name 'rank-*.txt' -printf '%T@ %f\n' | sort -n | head -n 1)
     first=${first#* }
-    if cancelled; then
+    # What scancel ended is in the state CANCELLED while this script still runs.
+    state=$(job_state)
+    if [[ $state == CANCELLED ]]; then
         echo "job $SLURM_JOB_ID was cancelled: it does not come back" >&2
         code=143
     elif [[ $code != 0 ]] && to_be_continued "$code"; then
-        if [[ -n $limit ]]; then
-            echo "job $SLURM_JOB_ID goes back into the queue, and on from its last checkpoint" >&2
-            scontrol requeue "$SLURM_JOB_ID" >/dev/null 2>&1 || true
-        else
-            # TERM alone: SLURM requeues what it preempts, and what scancel ended must stay away.
-            echo "job $SLURM_JOB_ID was stopped by SLURM, which requeues it after a preemption" >&2
-        fi
+        echo "job $SLURM_JOB_ID goes back into the queue, and on from its last checkpoint" >&2
+        # In another state SLURM has done it, as after a preemption whose time ran out.
+        [[ $state != RUNNING ]] || scontrol requeue "$SLURM_JOB_ID" >/dev/null 2>&1 || true
         code=75
     elif [[ $code != 0 ]]; then
+        # srun's own code may be that of a rank which it ended.
+        [[ -z $first ]] || ! grep -q '^maepretrain: error:' "$errors/$first" || code=2
         echo "job $SLURM_JOB_ID failed with exit code $code" >&2
         cancel_dependents
         if [[ -n $first ]]; then
@@ -142,9 +142,15 @@ conclude() {
     exit "$code"
 }
 
-# A cancelled job still runs this script for some seconds.
-cancelled() {
-    scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q 'JobState=CANCELLED'
+# The state of this job; a controller that is busy is asked again.
+job_state() {
+    local state=''
+    for _ in 1 2 3 4 5; do
+        state=$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null |
+            grep -o 'JobState=[A-Z]*') && break
+        sleep 1
+    done
+    echo "${state#*=}"
 }
 
 # 75 is what ranks end with that SLURM stopped. Where one's 75 ended the others first, srun says

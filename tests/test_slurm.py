@@ -251,7 +251,7 @@ REFUSED = {
     "shards": "no shard matches /nowhere/*.tar",
     "config": "no config file mae/nowhere",
     "access": "no write access to run folder",
-    "devices": "nodes and devices come from SLURM",
+    "devices": "--trainer.devices: nodes and devices come from SLURM",
     "GPUs": "1 tasks on a node do not match its 8 GPUs",
 }
 

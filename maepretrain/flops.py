@@ -2,11 +2,11 @@
 papers and MFU have it.
 
 The masked autoencoder by its own parts (He et al. 2021, arXiv 2111.06377, section 3): the encoder
-sees visible tokens, the decoder all of them. Any other model by torch's FlopCounterMode.
+sees visible tokens, the decoder all of them, and what is not computed is not counted. Any other
+model by torch's FlopCounterMode.
 """
 
 import copy
-from collections.abc import Iterable
 from typing import NamedTuple, cast
 
 import torch
@@ -36,10 +36,10 @@ def flops(model: nn.Module, batch: Batch) -> Flops:
     Args:
         model: `model(batch) -> {"loss": ...}`; on the meta device too, unless its forward looks at
             values.
-        batch: as the model takes it; of a masked autoencoder it is not used.
+        batch: as the model takes it; of a masked autoencoder only the shape of `input` is used.
     """
     if isinstance(model, MaskedAutoencoder):
-        return _of_masked_autoencoder(model)
+        return _of_masked_autoencoder(model, batch["input"])
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return _counted(imitate(model), {k: torch.empty_like(v) for k, v in batch.items()})
@@ -47,34 +47,81 @@ def flops(model: nn.Module, batch: Batch) -> Flops:
         return _counted(copy.deepcopy(model), batch)
 
 
-def _of_masked_autoencoder(model: MaskedAutoencoder) -> Flops:
-    patches, seen = model.grid[0] * model.grid[1], model.prefix + model.visible
-    embedding = 2 * model.visible * model.encoder.patch_embed.proj.weight.numel()
-    encoder, encoder_last = _of_blocks(model.encoder.blocks, seen)
-    between = 2 * seen * model.decoder_embed.weight.numel()
-    decoder, decoder_last = _of_blocks(model.decoder_blocks, model.prefix + patches)
-    prediction = 2 * (patches - model.visible) * model.decoder_pred.weight.numel()
-    forward = embedding + encoder + between + decoder + prediction
+def _of_masked_autoencoder(model: MaskedAutoencoder, images: Tensor) -> Flops:
+    p, width, prefix = model.patch_size, model.width, model.prefix
+    rows, columns = images.shape[2] // p, images.shape[3] // p
+    n = rows * columns
+    visible, predicted = model.counts((rows, columns))
+    inside = n if model.mask_tokens_in_encoder else visible
+    embedding = 2 * visible * model.encoder.patch_embed.proj.weight.numel()
+    costs = [_of_block(block, prefix + inside) for block in model.encoder.blocks]
+    tokens = prefix + visible + predicted
+    between = 0
+    if model.decoder == "self":
+        between = 2 * (prefix + inside) * model.decoder_embed.weight.numel()
+        # What mask tokens become in the first block is computed once a place, for all masks.
+        fresh = n / (len(images) * model.masks_per_image)
+        for number, block in enumerate(model.decoder_blocks, 1):
+            first = number == 1 and not model.mask_tokens_in_encoder
+            computed = prefix + visible + fresh if first else float(tokens)
+            queries = predicted if number == len(model.decoder_blocks) else tokens
+            costs.append(_of_block(block, tokens, queries, computed, merged=first))
+    else:
+        seen = prefix + visible
+        between = 2 * model.feature_maps.weight.numel() * seen * width
+        costs += [_of_cross_block(block, predicted, seen) for block in model.decoder_blocks]
+    prediction = 2 * predicted * model.decoder_pred.weight.numel()
+    forward = embedding + sum(cost for cost, _ in costs) + between + prediction
     # A backward pass is two products for each one: by the weights, and by the input. Pixels need
     # no gradient.
     training = 3 * forward - embedding
-    if not model.activation_checkpointing:
-        return Flops(forward, training)
-    return Flops(forward, training, encoder + decoder - encoder_last - decoder_last)
+    recomputed = sum(cost - last for cost, last in costs) if model.activation_checkpointing else 0
+    masks = model.masks_per_image
+    return Flops(*(float(masks * cost) for cost in (forward, training, recomputed)))
 
 
-def _of_blocks(blocks: Iterable[nn.Module], tokens: int) -> tuple[int, int]:
-    """Forward FLOPs of all of them: every token through every matrix, and the attention's two
-    products of tokens with tokens (q k^T, and its softmax by v); and of these what comes last and
-    is not recomputed, because the backward needs nothing that comes after it."""
-    total = last = 0
-    for block in blocks:
-        matrices = sum(p.numel() for p in block.parameters() if p.ndim == 2)
-        width = cast(nn.Linear, block.get_submodule("attn.proj")).in_features
-        total += 2 * tokens * matrices + 2 * (2 * tokens * tokens * width)
-        if isinstance(block.get_submodule("ls2"), nn.Identity):  # a LayerScale needs its input
-            last += 2 * tokens * cast(nn.Linear, block.get_submodule("mlp.fc2")).weight.numel()
-    return total, last
+def _of_block(
+    block: nn.Module,
+    tokens: int,
+    queries: int | None = None,
+    computed: float | None = None,
+    merged: bool = False,
+) -> tuple[float, float]:
+    """Forward FLOPs: every token through every matrix, and the attention's two products of tokens
+    with tokens (q k^T, and its softmax by v); and of these what comes last and is not recomputed,
+    because the backward needs nothing that comes after it.
+
+    Args:
+        block: a timm Block.
+        tokens: of the sequence.
+        queries: tokens that are put out; default all.
+        computed: tokens whose queries, keys and values are computed; default all.
+        merged: queries are computed with the keys and values, though they are not used.
+    """
+    queries = tokens if queries is None else queries
+    computed = float(tokens if computed is None else computed)
+    width = cast(nn.Linear, block.get_submodule("attn.proj")).in_features
+    qkv = cast(nn.Linear, block.get_submodule("attn.qkv")).weight.numel()
+    rest = sum(p.numel() for p in block.parameters() if p.ndim == 2) - qkv
+    asked = computed if merged else min(queries, computed)
+    total = 2.0 * (qkv / 3 * (asked + 2 * computed) + queries * rest)
+    total += 2 * (2 * queries * tokens * width)
+    return total, _not_recomputed(block, queries)
+
+
+def _of_cross_block(block: nn.Module, queries: int, seen: int) -> tuple[float, float]:
+    kv = cast(nn.Linear, block.get_submodule("kv"))
+    rest = sum(p.numel() for p in block.parameters() if p.ndim == 2) - kv.weight.numel()
+    products = 2 * (2 * queries * seen * kv.out_features / 2)
+    return 2.0 * (seen * kv.weight.numel() + queries * rest) + products, _not_recomputed(
+        block, queries
+    )
+
+
+def _not_recomputed(block: nn.Module, queries: int) -> float:
+    if not isinstance(getattr(block, "ls2", nn.Identity()), nn.Identity):
+        return 0.0  # a LayerScale needs its input
+    return 2.0 * queries * cast(nn.Linear, block.get_submodule("mlp.fc2")).weight.numel()
 
 
 def _counted(model: nn.Module, batch: Batch) -> Flops:

@@ -49,6 +49,8 @@ from maepretrain.evaluate.finetune import finetune_parser
 from maepretrain.evaluate.results import print_columns
 from maepretrain.experiments import pretrain_parser
 from maepretrain.flops import Batch, Flops, flops, imitate
+from maepretrain.models.decoders import CrossBlock
+from maepretrain.models.mae import MaskedAutoencoder
 from maepretrain.training import Normalise, in_steps
 
 
@@ -178,6 +180,9 @@ def plan(
             f"a micro-batch of {n} is no multiple of {data.crops_per_image} crops_per_image"
         )
     model, batch, activations, recomputed = measured(build, data, n, dtype)
+    if isinstance(model, MaskedAutoencoder):
+        shape = (n, *batch["input"].shape[1:])
+        batch["input"] = torch.empty(shape, device="meta")
     cost = flops(model, batch)
     figures = {
         "samples": samples,
@@ -326,19 +331,27 @@ def make_batch(data: Any, n: int) -> Batch:
 
 def kept(model: nn.Module, batch: Batch, dtype: torch.dtype | None) -> tuple[int, int]:
     """Bytes that a forward keeps for its backward, and those of the largest recomputed block."""
-    blocks: dict[torch.Size, tuple[nn.Module, Tensor]] = {}
+    blocks: dict[tuple[Any, ...], tuple[nn.Module, list[Any]]] = {}
 
-    def remember(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        blocks[inputs[0].shape] = block, inputs[0].detach().requires_grad_()
+    def remember(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        shapes = [x.shape if isinstance(x, Tensor) else x for x in inputs]
+        floats = (isinstance(x, Tensor) and x.is_floating_point() for x in inputs)
+        given = [
+            x.detach().requires_grad_() if f else x for x, f in zip(inputs, floats, strict=True)
+        ]
+        blocks[type(block), *shapes] = block, given
 
     recomputes = any(getattr(m, "activation_checkpointing", False) for m in model.modules())
-    found = [block for block in model.modules() if recomputes and isinstance(block, Block)]
+    found = [b for b in model.modules() if recomputes and isinstance(b, Block | CrossBlock)]
     hooks = [block.register_forward_pre_hook(remember) for block in found]
     known = [*model.parameters(), *model.buffers()]
     total = saved_bytes(lambda: model(batch)["loss"], [*known, *batch.values()], dtype)
     for hook in hooks:
         hook.remove()
-    parts = [saved_bytes(lambda b=b, x=x: b(x), [*known, x], dtype) for b, x in blocks.values()]
+    parts = []
+    for block, inputs in blocks.values():
+        given = [*known, *(x for x in inputs if isinstance(x, Tensor))]
+        parts.append(saved_bytes(lambda b=block, x=inputs: b(*x), given, dtype))
     return total, max(parts, default=0)
 
 

@@ -27,7 +27,8 @@ from maepretrain.evaluate.encoders import (
     load_encoder,
     require_blocks,
 )
-from maepretrain.models.mae import MaskedAutoencoder, sincos_positions
+from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.models.vit import sincos_positions
 
 Run = Callable[..., int]
 

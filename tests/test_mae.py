@@ -13,13 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from maepretrain.models.mae import (
-    BLOCKS_TRIED,
-    MaskedAutoencoder,
-    gather_patches,
-    sincos_positions,
-    unpatchify,
-)
+from maepretrain.models.mae import BLOCKS_TRIED, MaskedAutoencoder
+from maepretrain.models.vit import gather_patches, sincos_positions, unpatchify
 from maepretrain.randomness import uniform
 
 # Class token or none, registers, positions with and without them, LayerScale, a norm before the
@@ -256,9 +251,10 @@ def test_visible_patches_are_encoded_as_timm_encodes_them(encoder: str) -> None:
         keep = torch.stack([torch.randperm(24)[:count] for _ in range(2)])
         seen = [embedded[sample, prefix + keep[sample]] for sample in range(2)]
         truth = vit.norm(vit.blocks(torch.cat([embedded[:, :prefix], torch.stack(seen)], 1)))
-        torch.testing.assert_close(model._encode_visible(images, keep), truth)
+        torch.testing.assert_close(model._encode_visible(images, keep, keep[:, :0])[-1], truth)
     every = torch.arange(24).expand(2, -1)
-    torch.testing.assert_close(model._encode_visible(images, every), vit.forward_features(images))
+    encoded = model._encode_visible(images, every, every[:, :0])[-1]
+    torch.testing.assert_close(encoded, vit.forward_features(images))
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -317,7 +313,7 @@ def test_masks_leave_the_exact_number_visible(mask: str, ratio: float) -> None:
 def test_random_masks_are_uniform() -> None:
     """Single patches and pairs are visible as often as in a draw of 4 of 16 without replacement."""
     model, draws = tiny(), 20_000
-    keep, _ = model._split(model.noise(torch.arange(draws) * 7))
+    keep, _ = model._split(model.noise(torch.arange(draws) * 7), model.grid)
     shown = torch.zeros(draws, 16).scatter(1, keep, 1.0)
     single, pair = 4 / 16, 4 * 3 / (16 * 15)
     square = (shown.sum(0) - draws * single) ** 2 / (draws * single * (1 - single))
@@ -403,7 +399,7 @@ def test_the_smallest_noise_stays_visible_and_ties_keep_their_order() -> None:
     assert torch.equal(visible(model, distinct), (distinct < 256).float())
     assert torch.equal(visible(model, torch.zeros(2, 1024))[0], (torch.arange(1024) < 256).float())
     coarse = torch.randint(0, 4, (2, 1024)).float()
-    keep, masked = model._split(coarse)
+    keep, masked = model._split(coarse, model.grid)
     for sample in range(2):
         values = coarse[sample].tolist()
         truth = sorted(range(1024), key=values.__getitem__)  # Python's sort is stable

@@ -35,7 +35,8 @@ from maepretrain.data.module import ShardData
 from maepretrain.distributed import say
 from maepretrain.engines.fragments import is_checkpoint
 from maepretrain.experiments import pretrain_parser
-from maepretrain.models.mae import MaskedAutoencoder, check_blocks, vit_layers
+from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.models.vit import check_blocks, vit_layers
 
 Weights = dict[str, Tensor]
 

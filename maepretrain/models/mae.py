@@ -5,8 +5,9 @@ the pixels of the masked ones.
 
 Deviations from the official code, none of which changes the loss: visible pixels are gathered
 before they are projected; the decoder runs in shuffled order (attention does not care) with
-positions gathered along; its final norm, its prediction and the target are computed for masked
-patches only. Masks are a pure function of (seed, position of the sample in the run).
+positions gathered along; what its first block makes of mask tokens is computed once a place; its
+last block, final norm, prediction and the target are computed for masked patches only. Masks are a
+pure function of (seed, position of the sample in the run).
 
 Axes: b images, c channels, h w pixels, n patches, k visible patches, m masked patches, d features,
 p patch side.
@@ -15,17 +16,24 @@ p patch side.
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
-import timm
 import torch
 from jaxtyping import Float, Int64
 from timm.layers.norm import LayerNorm  # eps 1e-6, as in the official code
-from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from maepretrain.models.decoders import CrossBlock, FeatureMaps, SelfBlock
+from maepretrain.models.vit import (
+    check_blocks,
+    check_divides,
+    create_encoder,
+    gather_patches,
+    sincos_positions,
+    unpatchify,
+    vit_layers,
+)
 from maepretrain.randomness import uniform
 
 Batch = dict[str, Tensor]
@@ -59,8 +67,14 @@ class MaskedAutoencoder(nn.Module):
         decoder_width: features of the decoder.
         decoder_depth: blocks of the decoder.
         decoder_heads: attention heads of the decoder.
+        decoder: "self" attends among all tokens, as the paper; "cross" from masked patches to the
+            encoder's tokens (CrossMAE), whose blocks each decoder block weighs for itself.
         mask_ratio: share of patches hidden; int(n * (1 - mask_ratio)) stay visible.
         mask: "random" patches, "block" hides rectangles, "grid" keeps one patch of each 2 x 2.
+        reconstruct: share of the masked patches that are predicted, a random choice.
+        masks_per_image: masks of each image in a step; the loss is their mean.
+        mask_tokens_in_encoder: the encoder sees mask tokens too, as BERT's does (the paper's table
+            1c); it shows what leaving them out saves.
         norm_pix: predict each patch normalised by its own mean and variance.
         activation_checkpointing: recompute blocks in the backward pass to save memory.
         seed: seed of the masks.
@@ -85,8 +99,12 @@ class MaskedAutoencoder(nn.Module):
         decoder_width: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 16,
+        decoder: Literal["self", "cross"] = "self",
         mask_ratio: float = 0.75,
         mask: Literal["random", "block", "grid"] = "random",
+        reconstruct: float = 1.0,
+        masks_per_image: int = 1,
+        mask_tokens_in_encoder: bool = False,
         norm_pix: bool = True,
         activation_checkpointing: bool = False,
         seed: int = 0,
@@ -108,38 +126,42 @@ class MaskedAutoencoder(nn.Module):
         self.patch_size: int = self.encoder.patch_embed.patch_size[0]
         self.channels, self.seed, self.mask, self.norm_pix = channels, seed, mask, norm_pix
         self.activation_checkpointing = activation_checkpointing
-        n, prefix = self.grid[0] * self.grid[1], self.encoder.num_prefix_tokens
-        self.mask_ratio, self.visible = mask_ratio, int(n * (1 - mask_ratio))
-        if not 0 < self.visible < n:
-            raise ValueError(
-                f"mask_ratio {mask_ratio} leaves {self.visible} of {n} patches visible; at least "
-                f"one must be visible and one masked"
-            )
+        self.mask_ratio, self.reconstructed = mask_ratio, reconstruct
+        self.masks_per_image, self.decoder = masks_per_image, decoder
+        self.mask_tokens_in_encoder = mask_tokens_in_encoder
+        self.visible, _ = self.counts(self.grid)
+        _check_options(reconstruct, masks_per_image, mask, decoder, mask_tokens_in_encoder)
         if mask == "grid" and (mask_ratio != 0.75 or self.grid[0] % 2 or self.grid[1] % 2):
             raise ValueError(
                 f"mask grid keeps one patch of 2 x 2: it needs mask_ratio 0.75 (not {mask_ratio}) "
                 f"and an even patch grid (not {self.grid[0]}x{self.grid[1]})"
             )
         width = self.encoder.embed_dim
+        if decoder_depth < 1:
+            raise ValueError(f"decoder_depth {decoder_depth} must be at least 1")
         if decoder_width % decoder_heads:
             raise ValueError(
                 f"decoder_width {decoder_width} is not divisible by {decoder_heads} heads"
             )
         # A buffer: timm's own is trained, the paper's positions are fixed.
         del self.encoder.pos_embed
+        prefix = self.encoder.num_prefix_tokens
         skip = 0 if self.encoder.no_embed_class else prefix
         self.encoder.register_buffer("pos_embed", sincos_positions(width, self.grid, skip))
 
         # Names from here on are those of the official checkpoints.
-        self.decoder_embed = nn.Linear(width, decoder_width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
+        masked_width = width if mask_tokens_in_encoder else decoder_width
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, masked_width))
         self.register_buffer(
             "decoder_pos_embed", sincos_positions(decoder_width, self.grid, prefix)
         )
-        self.decoder_blocks = nn.ModuleList(
-            Block(decoder_width, decoder_heads, qkv_bias=True, norm_layer=LayerNorm)
-            for _ in range(decoder_depth)
-        )
+        if decoder == "self":
+            self.decoder_embed = nn.Linear(width, decoder_width)
+            blocks = (SelfBlock(decoder_width, decoder_heads) for _ in range(decoder_depth))
+        else:
+            self.feature_maps = FeatureMaps(len(self.encoder.blocks), decoder_depth, width)
+            blocks = (CrossBlock(decoder_width, decoder_heads, width) for _ in range(decoder_depth))
+        self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = LayerNorm(decoder_width)
         self.decoder_pred = nn.Linear(decoder_width, self.patch_size**2 * channels)
         self._initialise()
@@ -172,39 +194,57 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             `loss`, a scalar.
         """
-        images = batch["input"]
+        images, grid = batch["input"], self._grid(batch["input"])
         if noise is None:
-            noise = self.noise(batch["position"])
-        keep, masked = self._split(noise)
-        tokens = self._encode_visible(images, keep)
-        decoded = self._decode(tokens, keep, masked)[:, -masked.shape[1] :]  # (b, m, d)
+            noise = self.noise(batch["position"], grid)
+        if self.masks_per_image > 1:
+            images = images.repeat_interleave(self.masks_per_image, 0)
+        keep, masked = self._split(noise, grid)
+        masked = masked[:, : max(1, round(self.reconstructed * masked.shape[1]))]
+        decoded = self._decode(self._encode_visible(images, keep, masked), keep, masked, grid)
         prediction = self.decoder_pred(self.decoder_norm(decoded))
-        target = gather_patches(images, masked, self.grid, "ppc").float()
+        target = gather_patches(images, masked, grid, "ppc").float()
         if self.norm_pix:
             target = (target - target.mean(-1, keepdim=True)) / _patch_std(target)
         return {"loss": F.mse_loss(prediction.float(), target)}
 
-    def noise(self, position: Int64[Tensor, "b"]) -> Float[Tensor, "b n"]:
-        """Noise whose smallest entries stay visible, from (seed, position) alone."""
-        rows, columns = self.grid
-        n = rows * columns
-        u = uniform(self.seed, "mask", position, n)
+    def noise(
+        self, position: Int64[Tensor, "b"], grid: tuple[int, int] | None = None
+    ) -> Float[Tensor, "b2 n"]:
+        """Noise whose smallest entries stay visible, from (seed, position) alone; one row for each
+        mask of each image.
+
+        Args:
+            position: of the samples in the run.
+            grid: patches of the images; default those that the model was made for.
+        """
+        grid = grid or self.grid
+        rows = [self._noise(position, grid, number) for number in range(self.masks_per_image)]
+        return torch.stack(rows, 1).flatten(0, 1)
+
+    def _noise(
+        self, position: Int64[Tensor, "b"], grid: tuple[int, int], number: int
+    ) -> Float[Tensor, "b n"]:
+        rows, columns = grid
+        n, which = rows * columns, f" {number}" if number else ""
+        u = uniform(self.seed, "mask" + which, position, n)
         if self.mask == "random":
             return u
         if self.mask == "grid":
             kept = torch.zeros(rows, columns, device=u.device)
             kept[::2, ::2] = -1.0
             return kept.flatten() + u
-        return u + self._first_block(uniform(self.seed, "mask blocks", position, 4 * BLOCKS_TRIED))
+        chosen = uniform(self.seed, "mask blocks" + which, position, 4 * BLOCKS_TRIED)
+        return u + self._first_block(chosen, grid)
 
-    def _first_block(self, u: Float[Tensor, "b u"]) -> Float[Tensor, "b n"]:
+    def _first_block(self, u: Float[Tensor, "b u"], grid: tuple[int, int]) -> Float[Tensor, "b n"]:
         """For each patch the number of the first random rectangle that covers it, counted down: the
         first is masked first; 0 where none does.
 
         Rectangles as in BEiT (Bao et al. 2021, algorithm 1): aspect .3 to 1/.3, area from 1/12 of
         the patches to .4 of them.
         """
-        rows, columns = self.grid
+        rows, columns = grid
         n = rows * columns
         share, aspect, top, left = u.view(len(u), BLOCKS_TRIED, 4).unbind(-1)  # (b, blocks)
         area = n * (1 / 12 + (0.4 - 1 / 12) * share)
@@ -220,30 +260,69 @@ class MaskedAutoencoder(nn.Module):
         countdown = torch.arange(BLOCKS_TRIED, 0, -1, device=u.device)[:, None]
         return (covered * countdown).amax(1).float()
 
+    def counts(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Patches of a grid that stay visible, and those that are predicted.
+
+        Raises:
+            ValueError: a mask that leaves nothing to see or to predict.
+        """
+        n = grid[0] * grid[1]
+        visible = int(n * (1 - self.mask_ratio))
+        if not 0 < visible < n:
+            raise ValueError(
+                f"mask_ratio {self.mask_ratio} leaves {visible} of {n} patches visible; at least "
+                f"one must be visible and one masked"
+            )
+        return visible, max(1, round(self.reconstructed * (n - visible)))
+
+    def _grid(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
+        """Patches of images of the size that the model was made for, or of a smaller one."""
+        (c, h, w), p = images.shape[1:], self.patch_size
+        height, width = self.encoder.patch_embed.img_size
+        if c != self.channels or h > height or w > width or h % p or w % p:
+            self._check_size(images)
+        return h // p, w // p
+
     def _split(
-        self, noise: Float[Tensor, "b n"]
+        self, noise: Float[Tensor, "b n"], grid: tuple[int, int]
     ) -> tuple[Int64[Tensor, "b k"], Int64[Tensor, "b m"]]:
         """Visible and masked patch numbers; stable, since fp32 noise has ties."""
         ids = torch.argsort(noise, dim=1, stable=True)
-        return ids[:, : self.visible], ids[:, self.visible :]
+        visible, _ = self.counts(grid)
+        return ids[:, :visible], ids[:, visible:]
 
     def _encode_visible(
-        self, images: Float[Tensor, "b c h w"], keep: Int64[Tensor, "b k"]
-    ) -> Float[Tensor, "b t d"]:
-        """Prefix tokens and visible patches through the encoder (section 3, "MAE encoder")."""
-        encoder = self.encoder
-        self._check_size(images)
-        pixels = gather_patches(images, keep, self.grid, "cpp")
+        self,
+        images: Float[Tensor, "b c h w"],
+        keep: Int64[Tensor, "b k"],
+        masked: Int64[Tensor, "b m"],
+    ) -> list[Float[Tensor, "b t d"]]:
+        """Prefix tokens and visible patches after each of the encoder's blocks; the last one after
+        the encoder's norm (section 3, "MAE encoder")."""
+        encoder, grid = self.encoder, self._grid(images)
+        pixels = gather_patches(images, keep, grid, "cpp")
         projection = encoder.patch_embed.proj
         # A strided convolution over the whole image, applied to its visible quarter.
         tokens = F.linear(pixels, projection.weight.flatten(1), projection.bias)
         tokens = encoder.patch_embed.norm(tokens)
-        positions = cast(Tensor, encoder.pos_embed)[0]
-        skip = len(positions) - self._patches
+        positions = self._positions("encoder.pos_embed", grid)
+        skip = len(positions) - grid[0] * grid[1]
         tokens = tokens + positions[skip + keep]
+        if self.mask_tokens_in_encoder:
+            tokens = torch.cat([tokens, self.mask_token + positions[skip + masked]], 1)
         tokens = torch.cat([*self._prefix(positions[:skip], len(images)), tokens], 1)
-        tokens = self._run(encoder.blocks, encoder.norm_pre(tokens))
-        return encoder.norm(tokens)
+        outputs = [encoder.norm_pre(tokens)]
+        for block in encoder.blocks:
+            outputs.append(self._run(block, outputs[-1]))
+        return [*outputs[1:-1], encoder.norm(outputs[-1])]
+
+    def _positions(self, name: str, grid: tuple[int, int]) -> Float[Tensor, "s d"]:
+        """Positions of prefix tokens, if they have any, and of a grid's patches."""
+        positions = self.get_buffer(name)[0]
+        if grid == self.grid:
+            return positions
+        prefix = len(positions) - self.grid[0] * self.grid[1]
+        return sincos_positions(positions.shape[1], grid, prefix)[0].to(positions)
 
     @property
     def _patches(self) -> int:
@@ -260,26 +339,39 @@ class MaskedAutoencoder(nn.Module):
 
     def _decode(
         self,
-        tokens: Float[Tensor, "b t d"],
+        encoded: list[Float[Tensor, "b t d"]],
         keep: Int64[Tensor, "b k"],
         masked: Int64[Tensor, "b m"],
-    ) -> Float[Tensor, "b t2 d2"]:
-        """Prefix, visible and mask tokens, in this order, through the decoder's blocks (section 3,
-        "MAE decoder")."""
-        prefix = self.encoder.num_prefix_tokens
-        positions = cast(Tensor, self.decoder_pos_embed)[0]
-        visible = self.decoder_embed(tokens)
-        hidden = self.mask_token + positions[prefix + masked]
-        # decoder_pos_embed is zero at the prefix tokens.
-        seen = visible[:, prefix:] + positions[prefix + keep]
-        x = torch.cat([visible[:, :prefix], seen, hidden.to(seen.dtype)], 1)
-        return self._run(self.decoder_blocks, x)
-
-    def _run(self, blocks: Sequence[nn.Module] | nn.Module, x: Tensor) -> Tensor:
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for block in cast(Sequence[nn.Module], blocks):
-            x = cast(Tensor, checkpoint(block, x, use_reentrant=False)) if recompute else block(x)
+        grid: tuple[int, int],
+        outputs: int | None = None,
+    ) -> Float[Tensor, "b m2 d2"]:
+        """Decoded masked patches (section 3, "MAE decoder"); with `outputs`, so many of the last
+        tokens in the order prefix, visible, masked."""
+        prefix, last = self.encoder.num_prefix_tokens, outputs or masked.shape[1]
+        # Zero at the prefix tokens.
+        positions = self._positions("decoder_pos_embed", grid)
+        if self.decoder == "cross":
+            ids = torch.cat([keep, masked], 1)[:, -last:]
+            x = self.mask_token + positions[prefix + ids]
+            memories = self.feature_maps(encoded)
+            for block, memory in zip(self.decoder_blocks, memories, strict=True):
+                x = self._run(block, x, memory)
+            return x
+        x, ids = self.decoder_embed(encoded[-1]), torch.cat([keep, masked], 1)
+        ids = ids[:, : x.shape[1] - prefix]
+        x = torch.cat([x[:, :prefix], x[:, prefix:] + positions[prefix + ids]], 1)
+        fresh: tuple[Any, ...] = (None, None)
+        if not self.mask_tokens_in_encoder:
+            fresh = (self.mask_token[0] + positions[prefix:], masked)
+        for number, block in enumerate(self.decoder_blocks, 1):
+            x = self._run(block, x, *fresh, last if number == len(self.decoder_blocks) else None)
+            fresh = (None, None)
         return x
+
+    def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, *arguments, use_reentrant=False))
+        return block(*arguments)
 
     def _check_size(self, images: Float[Tensor, "b c h w"]) -> None:
         made_for = (self.channels, *self.encoder.patch_embed.img_size)
@@ -297,7 +389,9 @@ class MaskedAutoencoder(nn.Module):
         """
         if pool == "cls" and self.encoder.cls_token is None:
             raise ValueError('this encoder has no class token: use pool "mean"')
-        tokens = self._run(self.encoder.blocks, self._embed(images))
+        tokens = self._embed(images)
+        for block in self.encoder.blocks:
+            tokens = self._run(block, tokens)
         tokens = self.encoder.norm(tokens)
         if pool == "cls":
             return tokens[:, 0]
@@ -323,7 +417,7 @@ class MaskedAutoencoder(nn.Module):
         wanted = [block % self.depth for block in blocks]
         tokens, outputs = self._embed(images), {}
         for number, block in enumerate(self.encoder.blocks[: max(wanted, default=-1) + 1]):
-            tokens = self._run([block], tokens)
+            tokens = self._run(block, tokens)
             if number in wanted:
                 outputs[number] = tokens
         return [outputs[number] for number in wanted]
@@ -361,7 +455,7 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             ValueError: a size that the patch size does not divide.
         """
-        _check_divides(image_size, self.patch_size)
+        check_divides(image_size, self.patch_size)
         old, rows, columns = self.grid, *(side // self.patch_size for side in image_size)
         self.encoder.patch_embed.set_input_size(image_size)
         self.grid = (rows, columns)
@@ -376,7 +470,7 @@ class MaskedAutoencoder(nn.Module):
                 skip,
                 antialias=False,  # as the official code; in enlarging it makes a difference too
             )
-        self.visible = int(rows * columns * (1 - self.mask_ratio))
+        self.visible, _ = self.counts(self.grid)
         self.arguments["image_size"] = image_size
 
     def renew_positions(self) -> None:
@@ -393,13 +487,13 @@ class MaskedAutoencoder(nn.Module):
         """Original, masked, predicted, and predicted with the visible patches pasted in; norm_pix
         is undone per patch."""
         b = len(images)
+        self._check_size(images)
         if noise is None:
-            noise = self.noise(torch.arange(b, device=images.device))
-        keep, masked = self._split(noise)
-        decoded = self._decode(self._encode_visible(images, keep), keep, masked)
-        prediction = self.decoder_pred(
-            self.decoder_norm(decoded[:, self.encoder.num_prefix_tokens :])
-        )
+            noise = self.noise(torch.arange(b, device=images.device))[:: self.masks_per_image]
+        keep, masked = self._split(noise, self.grid)
+        encoded = self._encode_visible(images, keep, masked)
+        decoded = self._decode(encoded, keep, masked, self.grid, self._patches)
+        prediction = self.decoder_pred(self.decoder_norm(decoded))
         ids = torch.cat([keep, masked], 1)
         prediction = prediction.gather(
             1, ids.argsort(1)[..., None].expand(-1, -1, prediction.shape[-1])
@@ -435,110 +529,20 @@ class MaskedAutoencoder(nn.Module):
         }
 
 
-def create_encoder(
-    name: str, image_size: int | tuple[int, int], channels: int, **overrides: Any
-) -> VisionTransformer:
-    """A timm VisionTransformer without head or pooling, its norm after the last block kept.
-
-    Raises:
-        ValueError: an unknown name, another kind of model, or an image size that the patch size
-            does not divide.
-    """
-    try:
-        encoder = timm.create_model(
-            name,
-            img_size=image_size,
-            in_chans=channels,
-            num_classes=0,
-            global_pool="",  # no attention pooling either: it would never get a gradient
-            fc_norm=False,
-            **overrides,
-        )
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"timm cannot make encoder {name}: {error}") from error
-    # A hybrid, whose patches are made by convolutions, is a VisionTransformer as well.
-    if (
-        type(encoder) is not VisionTransformer
-        or type(encoder.patch_embed) is not PatchEmbed
-        or encoder.pos_embed is None
-    ):
-        raise ValueError(f"encoder {name} is no plain timm VisionTransformer with positions")
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    _check_divides(size, encoder.patch_embed.proj.kernel_size[0])
-    return encoder
-
-
-def _check_divides(image_size: tuple[int, int], p: int) -> None:
-    h, w = image_size
-    if h % p or w % p:
-        raise ValueError(f"image size {h}x{w} must be divisible by patch size {p}")
-
-
-def vit_layers(encoder: VisionTransformer) -> list[list[nn.Parameter]]:
-    """The parameters of a ViT from input to output: embedding and tokens, each block, norm."""
-    blocks = [list(block.parameters()) for block in encoder.blocks]
-    last = [*encoder.norm.parameters(), *encoder.fc_norm.parameters()]
-    later = {id(p) for group in [*blocks, last] for p in group}
-    return [[p for p in encoder.parameters() if id(p) not in later], *blocks, last]
-
-
-def check_blocks(blocks: Sequence[int], depth: int) -> None:
-    """Refuse numbers of blocks that an encoder does not have.
-
-    Raises:
-        ValueError: one outside -depth..depth - 1.
-    """
-    for block in blocks:
-        if not -depth <= block < depth:
-            raise ValueError(f"block {block} is none of the encoder's {depth} (0 is the first)")
-
-
-def gather_patches(
-    images: Float[Tensor, "b c h w"],
-    ids: Int64[Tensor, "b k"],
-    grid: tuple[int, int],
-    order: Literal["cpp", "ppc"],
-) -> Float[Tensor, "b k v"]:
-    """The pixels of chosen patches: (c, p, p) as the patch projection reads them, or (p, p, c) as
-    the target is ordered."""
-    b, c, h, w = images.shape
-    rows, columns = grid
-    blocks = images.reshape(b, c, rows, h // rows, columns, w // columns)
-    blocks = blocks.permute((0, 2, 4, 1, 3, 5) if order == "cpp" else (0, 2, 4, 3, 5, 1))
-    which = torch.arange(b, device=ids.device)[:, None]
-    return blocks[which, ids // columns, ids % columns].flatten(2)
-
-
-def unpatchify(
-    patches: Float[Tensor, "b n v"], grid: tuple[int, int], channels: int
-) -> Float[Tensor, "b c h w"]:
-    """Images from all patches in (p, p, c) order."""
-    b, _, v = patches.shape
-    rows, columns = grid
-    p = round((v // channels) ** 0.5)
-    blocks = patches.reshape(b, rows, columns, p, p, channels).permute(0, 5, 1, 3, 2, 4)
-    return blocks.reshape(b, channels, rows * p, columns * p)
-
-
-def sincos_positions(width: int, grid: tuple[int, int], prefix: int) -> Float[Tensor, "1 n d"]:
-    """Fixed 2-D sin-cos positions, zero for prefix tokens; the first half of the features encodes
-    the column.
-
-    Raises:
-        ValueError: a width that is not divisible by 4.
-    """
-    if width % 4:
-        raise ValueError(f"sin-cos positions need a width divisible by 4, not {width}")
-    rows, columns = grid
-    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    halves = []
-    for coordinate in (column, row):  # the official code puts w before h
-        angle = coordinate.flatten()[:, None] * frequency
-        halves += [angle.sin(), angle.cos()]
-    positions = torch.cat(halves, 1).float()
-    return torch.cat([torch.zeros(prefix, width), positions])[None]
-
-
 def _patch_std(patches: Float[Tensor, "b k v"]) -> Float[Tensor, "b k 1"]:
     return (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def _check_options(
+    reconstruct: float, masks_per_image: int, mask: str, decoder: str, mask_tokens_in_encoder: bool
+) -> None:
+    if masks_per_image < 1 or not 0 < reconstruct <= 1:
+        raise ValueError(
+            f"masks_per_image {masks_per_image} must be at least 1, reconstruct {reconstruct} in "
+            "(0, 1]"
+        )
+    if reconstruct < 1 and mask != "random":
+        # The order of the others says where their rectangle or square is.
+        raise ValueError(f"reconstruct {reconstruct} needs mask random, not {mask}")
+    if mask_tokens_in_encoder and (decoder != "self" or reconstruct < 1):
+        raise ValueError("mask_tokens_in_encoder needs decoder self and reconstruct 1")

@@ -2,10 +2,12 @@
 pictures, live evaluation."""
 
 import os
+import resource
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -176,17 +178,22 @@ class LastCheckpoint(L.Callback):
 
 
 class Throughput(L.Callback):
-    """Logs `img_per_s` and `data_wait`, the share of time between two steps, validation apart. Must
-    be the last callback.
+    """Logs `img_per_s`; `data_wait`, the share of time between two steps, validation apart; `mfu`,
+    the share of the devices' peak that the model's own FLOPs make (Chowdhery et al. 2022, arXiv
+    2204.02311, appendix B: what is recomputed does not count); `memory_gb`, the most that rank
+    zero's device, or its process on CPU, has held (10^9 bytes). Must be the last callback.
 
     `seconds` is the time of the whole run, stops left out: it goes along in checkpoints.
 
     Args:
         global_batch: images in an optimizer step.
+        share_of_peak: of all devices' peak, by one image a second, in a step; None logs no mfu.
     """
 
-    def __init__(self, global_batch: int) -> None:
-        self.global_batch = global_batch
+    def __init__(
+        self, global_batch: int, share_of_peak: Callable[[int], float] | None = None
+    ) -> None:
+        self.global_batch, self.share_of_peak = global_batch, share_of_peak
         self.img_per_s = self.data_wait = 0.0
         self._started = self._ended = time.perf_counter()
         self._waited = self._elsewhere = 0.0
@@ -246,10 +253,19 @@ class Throughput(L.Callback):
             spent = max(1e-9, now - self._started - self._elsewhere)
             self.img_per_s = steps * self.global_batch / spent
             self.data_wait = self._waited / spent
+            values = {"img_per_s": self.img_per_s, "data_wait": self.data_wait}
+            values["memory_gb"] = _most_memory(cast(Any, trainer.strategy).root_device)
+            if self.share_of_peak is not None:
+                values["mfu"] = self.img_per_s * self.share_of_peak(trainer.global_step - 1)
             for logger in trainer.loggers:
-                values = {"img_per_s": self.img_per_s, "data_wait": self.data_wait}
                 logger.log_metrics(values, trainer.global_step - 1)
             self._restart(trainer.global_step)
+
+
+def _most_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 class Bar(RichProgressBar):

@@ -352,7 +352,8 @@ def check_official(model: MaskedAutoencoder, theirs: str) -> None:
         "has a position for the class token": encoder.no_embed_class,
         "has blocks with biases in q, k and v": not bias,
         "has plain blocks with GELU and LayerNorm of eps 1e-6": not _plain(encoder),
-        "has a decoder of one block or more": len(cast(Any, model.decoder_blocks)) == 0,
+        "has a decoder of self-attention": model.decoder != "self",
+        "has its mask tokens in the decoder": model.mask_tokens_in_encoder,
     }
     for rule, broken in wrong.items():
         if broken:

@@ -7,6 +7,8 @@ model by torch's FlopCounterMode.
 """
 
 import copy
+import re
+import time
 from typing import NamedTuple, cast
 
 import torch
@@ -18,6 +20,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from maepretrain.models.mae import MaskedAutoencoder
 
 Batch = dict[str, Tensor]
+
+
+# Dense peak TFLOP/s in 16 bits (V100 and T4 have float16 only) and in fp32 without TF32: the
+# vendors' data sheets, from memory; of the SXM version where there are several.
+DEVICES = {
+    "t4": (65.0, 8.1),
+    "v100": (125.0, 15.7),
+    "rtx3090": (71.0, 35.6),
+    "rtx4090": (165.0, 82.6),
+    "a10": (125.0, 31.2),
+    "a40": (150.0, 37.4),
+    "l4": (121.0, 30.3),
+    "l40s": (362.0, 91.6),
+    "a100": (312.0, 19.5),
+    "h100": (989.0, 67.0),
+    "h200": (989.0, 67.0),
+    "b200": (2250.0, 80.0),
+}
 
 
 class Flops(NamedTuple):
@@ -145,3 +165,47 @@ def imitate(model: nn.Module) -> nn.Module:
 
     # What deepcopy has met already it does not copy.
     return copy.deepcopy(model, {id(t): fake(t) for t in (*model.parameters(), *model.buffers())})
+
+
+def peak_of(device: str | None, dtype: torch.dtype | None) -> float | None:
+    """Peak TFLOP/s of a GPU of DEVICES in a type; None where none is named.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if device is None:
+        return None
+    if device.lower() not in DEVICES:
+        raise ValueError(f"device {device} is none of {', '.join(DEVICES)}: give --tflops")
+    return DEVICES[device.lower()][dtype is None]
+
+
+def peak_here(device: torch.device, dtype: torch.dtype | None) -> tuple[float, str]:
+    """Peak TFLOP/s of a device of this machine, and where it is from: the data sheet of a GPU of
+    DEVICES, else the fastest of some matrix products (a fifth of a second).
+
+    Args:
+        device: what computes.
+        dtype: what autocast casts to; None for fp32.
+    """
+    if device.type == "cuda":
+        words = re.split(r"[^a-z0-9]+", torch.cuda.get_device_name(device).lower())
+        joined = {*words, "".join(words[-2:])}
+        for name in DEVICES:
+            if name in joined:
+                return peak_of(name, dtype) or 0.0, f"{name}'s data sheet"
+    n = 8192 if device.type == "cuda" else 512
+    x = torch.randn(n, n, device=device, dtype=dtype or torch.float32)
+    seconds = []
+    for _ in range(8):
+        _wait(device)
+        began = time.perf_counter()
+        torch.mm(x, x)
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds) / 1e12, f"measured, {n} x {n} matrices"
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

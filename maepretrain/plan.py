@@ -36,19 +36,18 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.nn import functional as F
 
 from maepretrain.arguments import UserError, allow_bare_flags, make_parser
 from maepretrain.data.module import ShardData
 from maepretrain.data.order import EpochOrder
 from maepretrain.data.stream import Stream
 from maepretrain.distributed import quiet_lightning
-from maepretrain.evaluate.classifier import Head, choose_layers
+from maepretrain.evaluate.classifier import Finetuned, Head, choose_layers
 from maepretrain.evaluate.encoders import fresh_encoder
 from maepretrain.evaluate.finetune import finetune_parser
 from maepretrain.evaluate.results import print_columns
 from maepretrain.experiments import pretrain_parser
-from maepretrain.flops import Batch, Flops, flops, imitate
+from maepretrain.flops import Batch, Flops, flops, imitate, peak_of
 from maepretrain.models.decoders import CrossBlock
 from maepretrain.models.mae import MaskedAutoencoder
 from maepretrain.training import Normalise, in_steps
@@ -80,22 +79,6 @@ STRATEGIES = {
 BUCKET = 50_000_000 * 4
 # fp32 numbers that an optimizer keeps for each parameter.
 STATES = {"adamw": 2, "sgd": 1, "lars": 1}
-# Dense peak TFLOP/s in 16 bits (V100 and T4 have float16 only) and in fp32 without TF32: the
-# vendors' data sheets, from memory; of the SXM version where there are several.
-DEVICES = {
-    "t4": (65.0, 8.1),
-    "v100": (125.0, 15.7),
-    "rtx3090": (71.0, 35.6),
-    "rtx4090": (165.0, 82.6),
-    "a10": (125.0, 31.2),
-    "a40": (150.0, 37.4),
-    "l4": (121.0, 30.3),
-    "l40s": (362.0, 91.6),
-    "a100": (312.0, 19.5),
-    "h100": (989.0, 67.0),
-    "h200": (989.0, 67.0),
-    "b200": (2250.0, 80.0),
-}
 # CPU seconds of one image in benchmarks/data.md (JPEG, 500 x 375 to 224): 1 / 699 with one crop,
 # 1 / 1169 a crop with two.
 DECODE_SECONDS, CROP_SECONDS = 1150e-6, 281e-6
@@ -110,21 +93,6 @@ class Weights(NamedTuple):
     parameters: int
     trained: int
     block: int
-
-
-class Finetuned(nn.Module):
-    """Encoder and head as `finetune` trains them."""
-
-    def __init__(self, model: nn.Module, head: Head) -> None:
-        super().__init__()
-        self.model, self.head = model, head
-        self.train()  # loaded encoders come in eval mode
-
-    def forward(self, batch: Batch) -> Batch:
-        """Cross-entropy; a frozen encoder keeps nothing for a backward."""
-        with torch.set_grad_enabled(any(p.requires_grad for p in self.model.parameters())):
-            features = self.head.features(self.model, batch["input"])
-        return {"loss": F.cross_entropy(self.head(features), batch["label"])}
 
 
 def plan(
@@ -219,19 +187,6 @@ def plan(
             rows[name] = row
     show(config, figures, rows, memory)
     return figures | {"rows": rows}
-
-
-def peak_of(device: str | None, dtype: torch.dtype | None) -> float | None:
-    """Peak TFLOP/s of a GPU of DEVICES in a type; None where none is named.
-
-    Raises:
-        ValueError: an unknown one.
-    """
-    if device is None:
-        return None
-    if device.lower() not in DEVICES:
-        raise ValueError(f"device {device} is none of {', '.join(DEVICES)}: give --tflops")
-    return DEVICES[device.lower()][dtype is None]
 
 
 def in_bytes(text: str) -> int:
@@ -526,7 +481,7 @@ def _finetuned(config: Any) -> Callable[[], nn.Module]:
         code = cast(Any, model).encode(torch.zeros(1, *data.shape))
         head = Head(code.shape[1], config.classes, config.head, config.pool, config.heads)
         choose_layers(model, head, trained)
-        return Finetuned(model, head)
+        return Finetuned(model, head).train()  # loaded encoders come in eval mode
 
     return build
 

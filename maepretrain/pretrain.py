@@ -34,6 +34,10 @@ class Pretrain(Scheduled):
         super().__init__(optim, data, steps, seed)
         self.model, self.guard = model, guard or NonFinite()
 
+    def costly(self) -> nn.Module:
+        """The model."""
+        return self.model
+
     def summary(self) -> dict[str, str]:
         """What the model says of itself."""
         return cast(Any, self.model).summary() if hasattr(self.model, "summary") else {}
@@ -122,6 +126,10 @@ def pretrain(
     if getattr(model, "needs_labels", False):
         _require_labels(data, type(model).__name__)
     data.allow_reorder = allow_reorder
+    if data.early is not None:
+        if not hasattr(model, "check_smaller"):
+            raise ValueError(f"{type(model).__name__} takes no smaller images: no low_image_size")
+        cast(Any, model).check_smaller(data.early.height, data.early.width)
     arguments = in_steps(trainer, data.order.steps_per_epoch)
     guard = NonFinite(nonfinite)
     callbacks: list[L.Callback] = [guard]

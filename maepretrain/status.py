@@ -23,7 +23,7 @@ from maepretrain.files import replacing
 
 FILE = "status.json"
 # Of metrics.csv, they have columns of their own or say nothing of a model.
-ELSEWHERE = {"step", "epoch", "img_per_s", "data_wait", "lr", "skipped"}
+ELSEWHERE = {"step", "epoch", "img_per_s", "data_wait", "memory_gb", "mfu", "lr", "skipped"}
 
 
 def read_status(run: Path) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from maepretrain.data.samples import Batch
 from maepretrain.distributed import say
 from maepretrain.engines.fsdp import FSDP2
 from maepretrain.engines.sharded import Sharded
+from maepretrain.flops import flops, peak_here
+from maepretrain.models.mae import MaskedAutoencoder
 from maepretrain.optim import Group, Optimization, check_groups, describe
 from maepretrain.preemption import Preempted, Stop, under_slurm
 from maepretrain.runs import RunFolder, WholeCheckpointIO
@@ -85,6 +87,10 @@ class Scheduled(L.LightningModule):
     def units(self) -> list[nn.Module]:
         """What an engine divides, each part by itself."""
         return [cast(nn.Module, self.model)]
+
+    def costly(self) -> nn.Module:
+        """What a training step computes: `costly()(batch)["loss"]`."""
+        raise NotImplementedError
 
     def parameter_layers(self) -> list[list[nn.Parameter]]:
         """The encoder's parameters in order, for layer-wise learning rates."""
@@ -271,7 +277,8 @@ def fit(
         data.plan(trainer["max_steps"], engine.world_size, accumulation)
         if (state := folder.state()) is not None:
             data.resumes_at(_data_state(state))  # refused here, it has not touched the folder yet
-        _describe(data, engine, accumulation, module)
+        cost = _set_speed(throughput, data, engine, module)
+        _describe(data, engine, accumulation, module, cost)
         if under_slurm():
             # Lightning's handler of SIGTERM meets the other ranks wherever they are; ours, which
             # the verb began with, takes note.
@@ -302,7 +309,37 @@ def fit(
     return not last.stopped, engine
 
 
-def _describe(data: ShardData, engine: L.Trainer, accumulation: int, module: Scheduled) -> None:
+def _set_speed(
+    throughput: Throughput, data: ShardData, engine: L.Trainer, module: Scheduled
+) -> str:
+    """Tell the throughput what an image costs and what the devices could do; both in words."""
+    assert data.stream is not None
+    dtype = torch.bfloat16 if str(engine.precision).startswith(("bf16", "16")) else None
+    peak, source = peak_here(engine.strategy.root_device, dtype)
+    costs: dict[tuple[int, ...], float] = {}
+    model = module.costly()
+    by_parts = isinstance(model, MaskedAutoencoder)
+    n = data.stream.micro_batch if by_parts else 2
+    for shape in {data.shape_at(0), data.shape}:
+        batch = {
+            # Zeros are what every likelihood takes.
+            "input": torch.zeros(n, *shape, device="meta" if by_parts else "cpu"),
+            "position": torch.arange(n),
+            "label": torch.zeros(n, dtype=torch.int64),
+        }
+        costs[shape] = flops(model, batch).training
+
+    def share(step: int) -> float:
+        return costs[data.shape_at(step)] / (peak * 1e12 * engine.world_size)
+
+    throughput.share_of_peak = share
+    small = f" ({costs[data.shape_at(0)] / 1e9:.4g} G at first)" if len(costs) > 1 else ""
+    return f"{costs[data.shape] / 1e9:.4g} G a sample{small}; peak {peak:.4g} T/s, {source}"
+
+
+def _describe(
+    data: ShardData, engine: L.Trainer, accumulation: int, module: Scheduled, cost: str
+) -> None:
     """Print what is really applied before the first step."""
     assert data.stream is not None
     optim, steps = module.optim, module.steps
@@ -317,6 +354,7 @@ def _describe(data: ShardData, engine: L.Trainer, accumulation: int, module: Sch
         f"{data.global_batch} / 256, warm-up {optim.warmup_epochs:g} epochs, "
         f"cosine to {optim.min_lr:g}",
         "precision": f"{engine.precision}",
+        "FLOPs": cost,
         "devices": f"{engine.world_size} x {engine.strategy.root_device}, "
         f"{type(engine.strategy).__name__}",
         "run folder": str(engine.default_root_dir),

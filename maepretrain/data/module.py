@@ -11,6 +11,7 @@ import multiprocessing.util
 import signal
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -48,6 +49,8 @@ class ShardData(L.LightningDataModule):
         image_size: side of the square images given to the model, [height, width], or [length] of
             1-D signals (`.npy`).
         channels: 1 (gray), 2 (with alpha), 3 (RGB), 4 (with alpha); any number for `.npy`.
+        low_image_size: size of the images in the first `low_epochs`, smaller and cheaper.
+        low_epochs: epochs, or a part of one, after which images have `image_size`.
         scale: area of the random crop as a share of the image; null resizes the whole image.
         ratio: aspect ratio of the random crop.
         flip: probability of a horizontal flip.
@@ -83,6 +86,8 @@ class ShardData(L.LightningDataModule):
         global_batch: int = 256,
         image_size: int | list[int] = 224,
         channels: int = 3,
+        low_image_size: int | list[int] | None = None,
+        low_epochs: float = 0.0,
         scale: tuple[float, float] | None = (0.2, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
@@ -132,6 +137,8 @@ class ShardData(L.LightningDataModule):
             ShardIndex(open_shards(val, max(1, num_workers), self.cache)) if val else None
         )
         self.order = self._make_order()
+        self.early = self._set_early(low_image_size, low_epochs)
+        self.low_steps = round(low_epochs * self.order.steps_per_epoch)
         self.stream: Stream | None = None
         self._resume_from = 0
         self._read_ahead: ReadAhead | None = None
@@ -176,6 +183,28 @@ class ShardData(L.LightningDataModule):
         if val_share is None:
             val_share = 1.0 if scale is None else 0.875
         self.centre_crop = CentreCrop(height, width, val_share)
+
+    def _set_early(self, size: int | list[int] | None, epochs: float) -> Augment | None:
+        if (size is None) != (epochs == 0) or epochs < 0:
+            raise ValueError(
+                f"low_image_size {size} and low_epochs {epochs} go together, the latter above 0"
+            )
+        if size is None:
+            return None
+        sides = [size] * 2 if isinstance(size, int) else size
+        if self.plain is not None or not isinstance(self.augment, Augment) or len(sides) != 2:
+            raise ValueError("low_image_size is for images that are read exactly")
+        height, width = sides
+        full = (self.augment.height, self.augment.width)
+        if height > full[0] or width > full[1]:
+            raise ValueError(f"low_image_size {height}x{width} is above {full[0]}x{full[1]}")
+        return replace(self.augment, height=height, width=width)
+
+    def shape_at(self, step: int) -> tuple[int, ...]:
+        """Of one input in a step of the run: (c, h, w), or (c, t) of a signal."""
+        if self.early is not None and step < self.low_steps:
+            return self.channels, self.early.height, self.early.width
+        return self.shape
 
     def _make_order(self) -> Order | PlainOrder:
         seed, lanes, block, tail = self._order_arguments
@@ -233,6 +262,8 @@ class ShardData(L.LightningDataModule):
             line += f", {len(self.index):,} chosen"
         if self.crops > 1:
             line += f"; {self.crops} crops of each image in an epoch"
+        if self.early is not None:
+            line += f"; {self.early.height}x{self.early.width} until step {self.low_steps:,}"
         epoch = self.order.describe()
         return line + (f"; {epoch}" if epoch else "")
 
@@ -256,6 +287,8 @@ class ShardData(L.LightningDataModule):
             self.exif,
             self.labelled,
             Store(self.cache),
+            self.early,
+            self.low_steps * self.global_batch,
         )
 
     def evaluation(self, index: ShardIndex, labelled: bool = False) -> Samples:

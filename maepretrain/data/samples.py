@@ -182,13 +182,13 @@ class Pixels:
         except ValueError as error:
             raise Unreadable(CORRUPT_INPUT, str(error)) from error
 
-    def cut_out(self, decoded: Tensor, u: Tensor) -> Tensor:
-        """The crop that the numbers of a position choose."""
+    def cut_out(self, decoded: Tensor, u: Tensor, early: Augment | None = None) -> Tensor:
+        """The crop that the numbers of a position choose; with `early`, of its size."""
         if isinstance(self.augment, CentreCrop):
             return self.augment(decoded)
         if isinstance(self.augment, SignalCrop):
             return self.augment(decoded, None if self.centred else u)
-        return self.augment(decoded, u)
+        return (early or self.augment)(decoded, u)
 
 
 class Samples(Dataset[Batch]):
@@ -208,6 +208,8 @@ class Samples(Dataset[Batch]):
         exif: turn JPEG images as their orientation tag says.
         labelled: a sample with a wrong label counts as unreadable.
         store: reads the bytes.
+        early: the crop, of another size, of positions below `switch`.
+        switch: a position at which a batch begins.
     """
 
     def __init__(
@@ -221,8 +223,11 @@ class Samples(Dataset[Batch]):
         exif: bool = False,
         labelled: bool = False,
         store: Store | None = None,
+        early: Augment | None = None,
+        switch: int = 0,
     ) -> None:
         self.index, self.order, self.crops, self.labelled = index, order, crops, labelled
+        self.early, self.switch = early, switch
         self.pixels = Pixels(channels, augment, exif, seed, centred=order is None)
         self.store = store or Store()
 
@@ -244,11 +249,12 @@ class Samples(Dataset[Batch]):
         """
         position = torch.tensor(positions, dtype=torch.int64)
         inputs, labels, faults = [], [], []
+        early = self.early if positions and positions[0] < self.switch else None
         crops = zip(self._locate(position), self.pixels.numbers(position), strict=True)
         for place, crops_of_image in groupby(crops, itemgetter(0)):
             decoded, label, fault = self._read(*place)
             for _, u in crops_of_image:
-                inputs.append(self.pixels.cut_out(decoded, u))
+                inputs.append(self.pixels.cut_out(decoded, u, early))
                 labels.append(label)
                 faults.append(fault)
         return {

@@ -142,6 +142,20 @@ class Head(nn.Module):
         return self.linear(self.norm(features))
 
 
+class Finetuned(nn.Module):
+    """Encoder and head as `finetune` trains them."""
+
+    def __init__(self, model: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.model, self.head = model, head
+
+    def forward(self, batch: Batch) -> Batch:
+        """Cross-entropy; a frozen encoder keeps nothing for a backward."""
+        with torch.set_grad_enabled(any(p.requires_grad for p in self.model.parameters())):
+            features = self.head.features(self.model, batch["input"])
+        return {"loss": F.cross_entropy(self.head(features), batch["label"])}
+
+
 class Classifier(Scheduled):
     """An encoder and a head, trained with cross-entropy.
 
@@ -218,6 +232,10 @@ class Classifier(Scheduled):
     def parameter_layers(self) -> list[list[nn.Parameter]]:
         parameters = dict(self.model.named_parameters())
         return [[parameters[name] for name in layer] for layer in self._layers]
+
+    def costly(self) -> nn.Module:
+        """Encoder and head."""
+        return Finetuned(self.model, self.head)
 
     def units(self) -> list[nn.Module]:
         averaged = [] if self.ema is None else cast(nn.ModuleDict, self.ema.module).values()

@@ -283,6 +283,18 @@ class MaskedAutoencoder(nn.Module):
             self._check_size(images)
         return h // p, w // p
 
+    def check_smaller(self, h: int, w: int) -> None:
+        """Refuse smaller images on which the loss cannot be computed.
+
+        Raises:
+            ValueError: sides that the patch size does not divide, or too few patches for the mask.
+        """
+        check_divides((h, w), self.patch_size)
+        rows, columns = h // self.patch_size, w // self.patch_size
+        self.counts((rows, columns))
+        if self.mask == "grid" and (rows % 2 or columns % 2):
+            raise ValueError(f"mask grid needs an even patch grid, not {rows}x{columns}")
+
     def _split(
         self, noise: Float[Tensor, "b n"], grid: tuple[int, int]
     ) -> tuple[Int64[Tensor, "b k"], Int64[Tensor, "b m"]]:

@@ -16,9 +16,12 @@ from maepretrain.training import in_steps
 
 SIZES = ("base", "large", "huge")
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload")
+MAE_OPTIONS = ("compiled", "cross", "lean_memory", "low_resolution", "mask_tokens_in_encoder")
+MAE_OPTIONS += ("several_masks", "small_decoder")
 OVERLAYS = {
     "mae/fast": "mae/vit_base",
     "mae/epochs_1600": "mae/vit_large",
+    **{f"mae/{name}": "mae/vit_base" for name in MAE_OPTIONS},
     "eval/few_labels": "eval/finetune_fashion_mnist",
     "eval/from_scratch": "eval/finetune_fashion_mnist",
     "eval/attentive_probe": "eval/linear_probe",

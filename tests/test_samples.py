@@ -157,6 +157,16 @@ def test_a_sample_is_its_image_cropped_by_its_position(index: ShardIndex, number
         assert np.abs(got["input"].permute(1, 2, 0).numpy() - truth).max() <= 1
 
 
+def test_early_positions_have_a_size_of_their_own(index: ShardIndex):
+    """The same images, crops and flips, resized to less."""
+    large, small = samples_of(index), Augment(4, 3)
+    late = Samples(index, 3, large.pixels.augment, large.order, 3, early=small, switch=48)
+    early = Samples(index, 3, small, large.order, 3)
+    for positions, truth in (([0, 46, 47], early), ([48, 49, 1000], large)):
+        batch, expected = late.__getitems__(positions), truth.__getitems__(positions)
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
 def test_a_batch_is_its_samples(index: ShardIndex):
     samples, positions = samples_of(index), [0, 3, 60, 2, 10**7]
     batch = samples.__getitems__(positions)

@@ -146,6 +146,7 @@ def _not_recomputed(block: nn.Module, queries: int) -> float:
 
 def _counted(model: nn.Module, batch: Batch) -> Flops:
     n = len(batch["input"])
+    model.eval()  # a copy: nothing random is drawn, and no statistics kept
     # Fused attention is not counted on the CPU; its products are the same.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss = model(batch)["loss"]

@@ -42,7 +42,8 @@ class ShardData(L.LightningDataModule):
 
     Args:
         train: shard patterns: braces (`a-{000..011}.tar`), globs, files, addresses (`https://`,
-            `s3://`, `gs://`, `hf://`); one, a list, or patterns with weights for a mixture.
+            `s3://`, `gs://`, `hf://`); one, a list, or patterns with weights for a mixture. None
+            (of applications, not of a config): only held-out images, or none.
         val: patterns of held-out shards, or null for no validation.
         global_batch: samples per optimizer step over all processes and accumulated micro-batches.
         image_size: side of the square images given to the model, [height, width], or [length] of
@@ -78,7 +79,7 @@ class ShardData(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | dict[str, float],
+        train: str | list[str] | dict[str, float] | None,
         val: str | list[str] | None = None,
         global_batch: int = 256,
         image_size: int | list[int] = 224,
@@ -124,14 +125,17 @@ class ShardData(L.LightningDataModule):
         self.plain: list[str] | None = None
         self._shards_of_source: list[int] = []
         self.index = ShardIndex([])
-        if exact:
+        if train is None:
+            self._open([])
+        elif exact:
             self._open(list(train) if isinstance(train, dict) else [train])
         else:
             self._open_plain(train, allow_pipe)
         self.val_index = (
             ShardIndex(open_shards(val, max(1, num_workers), self.cache)) if val else None
         )
-        self.order = self._make_order()
+        if train is not None:  # otherwise there is nothing to order
+            self.order = self._make_order()
         self.stream: Stream | None = None
         self._resume_from = 0
         self._read_ahead: ReadAhead | None = None

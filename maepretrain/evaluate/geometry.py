@@ -133,6 +133,22 @@ def interpolate(
     return along, a + share * (b - a)
 
 
+@torch.no_grad()
+def traverse(
+    decode: Map, code: Float[Tensor, "d"], dimension: int, values: Float[Tensor, "s"]
+) -> Float[Tensor, "s *size"]:
+    """Samples decoded from a code with one of its numbers set to each of the values.
+
+    Raises:
+        ValueError: a dimension that the code does not have.
+    """
+    if not 0 <= dimension < len(code):
+        raise ValueError(f"dimension {dimension} must be 0 to {len(code) - 1}")
+    codes = code.repeat(len(values), 1)
+    codes[:, dimension] = values
+    return decode(codes)
+
+
 def flat_map(
     x: Float[Tensor, "n v"], method: Literal["pca", "mds", "isomap"], neighbours: int = 10
 ) -> Float[Tensor, "n 2"]:

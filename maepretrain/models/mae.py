@@ -108,18 +108,8 @@ class MaskedAutoencoder(nn.Module):
         self.patch_size: int = self.encoder.patch_embed.patch_size[0]
         self.channels, self.seed, self.mask, self.norm_pix = channels, seed, mask, norm_pix
         self.activation_checkpointing = activation_checkpointing
-        n, prefix = self.grid[0] * self.grid[1], self.encoder.num_prefix_tokens
-        self.mask_ratio, self.visible = mask_ratio, int(n * (1 - mask_ratio))
-        if not 0 < self.visible < n:
-            raise ValueError(
-                f"mask_ratio {mask_ratio} leaves {self.visible} of {n} patches visible; at least "
-                f"one must be visible and one masked"
-            )
-        if mask == "grid" and (mask_ratio != 0.75 or self.grid[0] % 2 or self.grid[1] % 2):
-            raise ValueError(
-                f"mask grid keeps one patch of 2 x 2: it needs mask_ratio 0.75 (not {mask_ratio}) "
-                f"and an even patch grid (not {self.grid[0]}x{self.grid[1]})"
-            )
+        prefix = self.encoder.num_prefix_tokens
+        self.hide(mask_ratio)
         width = self.encoder.embed_dim
         if decoder_width % decoder_heads:
             raise ValueError(
@@ -143,6 +133,25 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_norm = LayerNorm(decoder_width)
         self.decoder_pred = nn.Linear(decoder_width, self.patch_size**2 * channels)
         self._initialise()
+
+    def hide(self, mask_ratio: float) -> None:
+        """Hide this share of the patches from now on.
+
+        Raises:
+            ValueError: a share that leaves nothing to see or to predict.
+        """
+        n = self._patches
+        self.mask_ratio, self.visible = mask_ratio, int(n * (1 - mask_ratio))
+        if not 0 < self.visible < n:
+            raise ValueError(
+                f"mask_ratio {mask_ratio} leaves {self.visible} of {n} patches visible; at least "
+                f"one must be visible and one masked"
+            )
+        if self.mask == "grid" and (mask_ratio != 0.75 or self.grid[0] % 2 or self.grid[1] % 2):
+            raise ValueError(
+                f"mask grid keeps one patch of 2 x 2: it needs mask_ratio 0.75 (not {mask_ratio}) "
+                f"and an even patch grid (not {self.grid[0]}x{self.grid[1]})"
+            )
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -174,7 +174,7 @@ def embedding_map(
 
     Args:
         features: at most MAP_POINTS of them are drawn, evenly spaced.
-        labels: their classes.
+        labels: their classes; those without (-1) are gray.
         path: where the PNG goes; its folder is made.
         method: "pca", the two directions of largest variance; "tsne" (van der Maaten and Hinton
             2008), neighbours stay together and distances say nothing; scikit-learn's.
@@ -191,12 +191,16 @@ def embedding_map(
         points = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(x)
     figure = Figure(figsize=(7, 6), dpi=100, layout="constrained")
     ax = figure.subplots()
-    classes = int(labels.max()) + 1
-    colours = matplotlib.colormaps["tab10" if classes <= 10 else "turbo"].resampled(classes)
-    drawn = ax.scatter(*points.T, c=y.numpy(), cmap=colours, s=6, vmin=-0.5, vmax=classes - 0.5)
-    figure.colorbar(drawn, ax=ax, label="class")
+    known, classes = (y >= 0).numpy(), int(labels.max()) + 1
+    ax.scatter(*points[~known].T, color="0.85", s=6)
+    if classes > 0:
+        colours = matplotlib.colormaps["tab10" if classes <= 10 else "turbo"].resampled(classes)
+        limits = {"vmin": -0.5, "vmax": classes - 0.5}
+        drawn = ax.scatter(*points[known].T, c=y.numpy()[known], cmap=colours, s=6, **limits)
+        ticks = range(classes) if classes <= NUMBERED_CLASSES else None
+        figure.colorbar(drawn, ax=ax, label="class", ticks=ticks)
     title = "PCA" if method == "pca" else "t-SNE"
-    ax.set(xticks=[], yticks=[], title=f"{title} of {len(x):,} test features")
+    ax.set(xticks=[], yticks=[], title=f"{title} of {len(x):,} features")
     _save(figure, path)
     return torch.from_numpy(points).float()
 

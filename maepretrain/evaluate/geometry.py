@@ -142,11 +142,20 @@ def traverse(
     Raises:
         ValueError: a dimension that the code does not have.
     """
-    if not 0 <= dimension < len(code):
-        raise ValueError(f"dimension {dimension} must be 0 to {len(code) - 1}")
+    check_dimension(dimension, len(code))
     codes = code.repeat(len(values), 1)
     codes[:, dimension] = values
     return decode(codes)
+
+
+def check_dimension(dimension: int, width: int) -> None:
+    """Refuse a number that a code of this width does not have.
+
+    Raises:
+        ValueError: it is not in 0..width - 1.
+    """
+    if not 0 <= dimension < width:
+        raise ValueError(f"dimension {dimension} must be 0 to {width - 1}")
 
 
 def flat_map(

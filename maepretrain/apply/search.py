@@ -79,8 +79,7 @@ def search(
     bank = read_index(index)
     if not 1 <= k <= len(bank.keys):
         raise ValueError(f"k {k} must be 1 to {len(bank.keys)}, the images of {index}")
-    made = json.loads(bank.made)
-    data = ShardData(None, **made["data"])
+    made, data = json.loads(bank.made), data_of(bank)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_encoder(encoder or made["encoder"], data)
     metric = metric or ("hamming" if hasattr(model, "codes") else "cosine")
@@ -120,6 +119,12 @@ def read_index(path: Path) -> Embeddings:
         raise ValueError(f"index {path} holds tokens: embed with pool mean or cls")
     columns = {name: found[name].tolist() for name in ("keys", "shards")}
     return Embeddings(found["features"], labels=found["labels"], made=str(found["made"]), **columns)
+
+
+def data_of(bank: Embeddings) -> ShardData:
+    """How images were shown to the encoder of an index."""
+    shown = json.loads(bank.made)["data"]
+    return ShardData(None, **shown | {name: tuple(shown[name]) for name in ("mean", "std")})
 
 
 def _check_encoder(encode: Encode, bank: Embeddings, data: ShardData, problem: str) -> None:
@@ -214,7 +219,7 @@ def _draw(
         ):
             what = f"class {label}" if label >= 0 else key
             titles.append(f"{what}\n{_distance(distance, metric)}")
-    titled_images([shown(image) for image in images], titles, 1 + len(found.keys[0]), out)
+    titled_images(list(shown(torch.stack(images))), titles, 1 + len(found.keys[0]), out)
     say(f"picture       {out}")
 
 

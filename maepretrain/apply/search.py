@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn import functional as F
 
 from maepretrain.apply.given import read_images
 from maepretrain.apply.reconstruct import check_picture
@@ -29,7 +30,7 @@ from maepretrain.evaluate.features import CHUNK
 from maepretrain.evaluate.frozen import shown
 from maepretrain.evaluate.neighbours import nearest
 from maepretrain.evaluate.results import print_columns
-from maepretrain.models.semantic_hashing import nearest_codes
+from maepretrain.models.semantic_hashing import hamming
 from maepretrain.plots import titled_images
 
 Metric = Literal["cosine", "hamming"]
@@ -91,7 +92,7 @@ def search(
     features = encode(inputs)
     rows = torch.from_numpy(bank.features).float()
     if metric == "hamming":
-        distances, numbers = nearest_codes(features > 0.5, rows > 0.5, k)
+        distances, numbers = nearest_bits(features, rows, k)
     else:
         cosine, numbers = nearest(features, rows.split(CHUNK), k)
         distances = (1 - cosine).clamp_min(0)  # a cosine of itself may round to above 1
@@ -102,6 +103,23 @@ def search(
     if out is not None:
         _draw(found, inputs, bank, data, metric, out)
     return found
+
+
+def nearest_bits(
+    query: Float[Tensor, "q d"], bank: Float[Tensor, "n d"], k: int
+) -> tuple[Int64[Tensor, "q k"], Int64[Tensor, "q k"]]:
+    """Distance in bits and number of the k samples of a bank with the fewest bits that differ; of
+    equally many, which are common, the smaller angle between the bits' probabilities comes first.
+
+    Args:
+        query: probabilities of the bits.
+        bank: the same of the samples.
+        k: neighbours.
+    """
+    bits = hamming(query > 0.5, bank > 0.5)
+    angles = 1 - F.normalize(query, dim=1) @ F.normalize(bank, dim=1).T  # 0..1
+    numbers = (bits + angles / 2).topk(k, dim=1, largest=False).indices
+    return bits.gather(1, numbers), numbers
 
 
 def read_index(path: Path) -> Embeddings:

@@ -3,13 +3,13 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics.pairwise import cosine_distances
+from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import NearestNeighbors
 
 from maepretrain.apply.search import data_of, read_index, read_rows, search
@@ -64,8 +64,8 @@ def test_hamming_neighbours_are_those_of_brute_force(
     model: Any = load_encoder(str(run)).eval()
     bits = model.codes(images).numpy()
     apart = (bits[[5, 30], None] != bits[None]).sum(2)
-    angles = cosine_distances(file["features"][[5, 30]], file["features"])
-    theirs = np.stack([np.lexsort(both)[:20] for both in zip(angles, apart, strict=True)])
+    near = euclidean_distances(file["features"][[5, 30]], file["features"].astype(float))
+    theirs = np.stack([np.lexsort(both)[:20] for both in zip(near, apart, strict=True)])
     assert found.numbers.tolist() == theirs.tolist()
     assert found.distances.tolist() == np.take_along_axis(apart, theirs, 1).tolist()
     assert apart.max() > 0 and found.distances[:, 0].tolist() == [0, 0]
@@ -141,11 +141,11 @@ def test_mistakes_are_one_line(
     other = tmp_path / "other.npz"
     other.write_bytes(b"no features")
     old, tokens, lost, gone = (tmp_path / f"{name}.npz" for name in ("old", "tok", "lost", "gone"))
-    columns = dict(np.load(index))
-    np.savez(old, **{name: x for name, x in columns.items() if name != "made"})
-    np.savez(tokens, **columns | {"features": np.zeros((50, 2, 3), np.float32)})
-    np.savez(lost, **columns | {"shards": np.array(["/nowhere/test-0.tar"] * 50)})
-    np.savez(gone, **columns | {"keys": np.array([f"k{i}" for i in range(50)])})
+    columns, save = dict(np.load(index)), cast(Any, np.savez)
+    save(old, **{name: x for name, x in columns.items() if name != "made"})
+    save(tokens, **columns | {"features": np.zeros((50, 2, 3), np.float32)})
+    save(lost, **columns | {"shards": np.array(["/nowhere/test-0.tar"] * 50)})
+    save(gone, **columns | {"keys": np.array([f"k{i}" for i in range(50)])})
     for options, rule in (
         ([index, "--query", "nothing.png"], "query nothing.png is no file, no folder, and no key"),
         ([index, "--query", key, "-k", 51], "k 51 must be 1 to 50"),

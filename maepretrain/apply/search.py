@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn import functional as F
 
 from maepretrain.apply.given import read_images
 from maepretrain.apply.reconstruct import check_picture
@@ -109,7 +108,7 @@ def nearest_bits(
     query: Float[Tensor, "q d"], bank: Float[Tensor, "n d"], k: int
 ) -> tuple[Int64[Tensor, "q k"], Int64[Tensor, "q k"]]:
     """Distance in bits and number of the k samples of a bank with the fewest bits that differ; of
-    equally many, which are common, the smaller angle between the bits' probabilities comes first.
+    equally many, which are common, the one with the nearest probabilities comes first.
 
     Args:
         query: probabilities of the bits.
@@ -117,8 +116,10 @@ def nearest_bits(
         k: neighbours.
     """
     bits = hamming(query > 0.5, bank > 0.5)
-    angles = 1 - F.normalize(query, dim=1) @ F.normalize(bank, dim=1).T  # 0..1
-    numbers = (bits + angles / 2).topk(k, dim=1, largest=False).indices
+    # Not by a matrix product: saturated probabilities are too near each other for its rounding.
+    apart = torch.cdist(query, bank, compute_mode="donot_use_mm_for_euclid_dist")
+    below_one = apart / (2 * query.shape[1] ** 0.5)
+    numbers = (bits + below_one).topk(k, dim=1, largest=False).indices
     return bits.gather(1, numbers), numbers
 
 

@@ -3,9 +3,9 @@ Fashion-MNIST and on scikit-learn's digits.
 
 The same encoder, pretrained (a) by the official recipe, (b) as lightly's MAE example does, (c) as
 maepretrain's shipped config does. Each budget of CPU seconds is a run of its own, whose schedule
-ends with it; decoding counts. Then the encoder is judged by `maepretrain probe`. Between budgets the
-time of a level is interpolated on a logarithmic axis. Takes hours; a run that is there is not made
-again.
+ends with it; decoding counts. Then the encoder is judged by `maepretrain probe`. Between budgets
+the time of a level is interpolated on a logarithmic axis. Takes hours; a run that is there is not
+made again.
 """
 
 import argparse
@@ -239,7 +239,9 @@ def main(argv: list[str]) -> None:
     """Print the tables as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks accuracy", description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--out", type=Path, default=Path("runs/accuracy"), help="folder of all runs")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/accuracy"), help="folder of all runs"
+    )
     parser.add_argument(
         "--factor", type=positive, default=4, help="how much longer the others may take"
     )

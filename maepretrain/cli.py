@@ -32,7 +32,13 @@ maepretrain VERB [OPTIONS]     pretrain masked autoencoders from WebDataset shar
   probe --encoder RUN          linear probe on the features of a pretrained encoder
   knn --encoder RUN            k-nearest-neighbour classification of the same features
   finetune --encoder RUN       train the encoder and a classifier on labels
-  embed --encoder RUN          write the features of images, with their keys, to a file
+  embed --encoder RUN          write the features of images, with their keys, to a file; draw a map
+  search --index FILE          images of such a file that are most like a query
+  reconstruct --encoder RUN    draw images, what the model saw of them, and what it made of that
+  denoise --encoder RUN        clean noisy images
+  generate sample              draw images from a generative model
+  generate interpolate         draw the way from one image to another through the code
+  generate traverse            draw what single numbers of the code change
   compare -c CONFIG...         train several models for equal CPU time, and judge them alike
   checkpoint consolidate RUN   one file of a run's weights, whatever engine divided them
   export --encoder RUN         the encoder for timm, Hugging Face or the official code
@@ -127,6 +133,39 @@ def _embed(argv: list[str]) -> int:
     return embed_command(argv)
 
 
+def _search(argv: list[str]) -> int:
+    check_torch_pair()
+    from maepretrain.apply.search import search_command
+
+    return search_command(argv)
+
+
+def _reconstruct(argv: list[str]) -> int:
+    check_torch_pair()
+    from maepretrain.apply.reconstruct import reconstruct_command
+
+    return reconstruct_command(argv)
+
+
+def _denoise(argv: list[str]) -> int:
+    check_torch_pair()
+    from maepretrain.apply.denoise import denoise_command
+
+    return denoise_command(argv)
+
+
+def _generate(argv: list[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        print("maepretrain generate sample|interpolate|traverse   (--help for each)")
+        return 0
+    if not argv or argv[0] not in ("sample", "interpolate", "traverse"):
+        raise UserError("generate needs one of: sample, interpolate, traverse")
+    check_torch_pair()
+    from maepretrain.apply.generate import generate_command
+
+    return generate_command(argv[0], argv[1:])
+
+
 def _finetune(argv: list[str]) -> int:
     check_torch_pair()
     from maepretrain.evaluate.finetune import finetune_command
@@ -189,6 +228,10 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "probe": _probe,
     "knn": _knn,
     "embed": _embed,
+    "search": _search,
+    "reconstruct": _reconstruct,
+    "denoise": _denoise,
+    "generate": _generate,
     "finetune": _finetune,
     "compare": _compare,
     "checkpoint": _checkpoint,

@@ -10,12 +10,17 @@ from jaxtyping import Float, Int64
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 
-def reconstruction_grid(rows: list[Tensor], names: list[str], path: Path) -> np.ndarray:
+def reconstruction_grid(
+    rows: list[Tensor], names: list[str], path: Path, columns: list[str] | None = None
+) -> np.ndarray:
     """Draw rows of images or signals side by side, one row a kind, and save them as PNG.
 
     Args:
@@ -23,6 +28,7 @@ def reconstruction_grid(rows: list[Tensor], names: list[str], path: Path) -> np.
             each column has its own; on the CPU.
         names: what stands left of each row.
         path: where the PNG goes; its folder is made.
+        columns: what stands above each column.
 
     Returns:
         The picture, uint8 (height, width, 3).
@@ -45,6 +51,8 @@ def reconstruction_grid(rows: list[Tensor], names: list[str], path: Path) -> np.
             for spine in ax.spines.values():
                 spine.set_visible(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    for title, ax in zip(columns or [], axes[0], strict=columns is not None):
+        ax.set_title(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.print_png(path)
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -54,6 +62,8 @@ def reconstruction_grid(rows: list[Tensor], names: list[str], path: Path) -> np.
 MAP_POINTS = 5000
 # Up to so many classes a cell of the confusion matrix has room for its number.
 NUMBERED_CLASSES = 20
+# Sides to which small images are enlarged.
+TILE = 64
 
 
 def confusion_matrix(
@@ -105,16 +115,53 @@ def most_confused(
         confidence: the probability given to the prediction.
         path: where the PNG goes; its folder is made.
     """
-    columns = min(8, max(1, len(images)))
+    found = zip(truth, predicted, confidence, strict=True)
+    titles = [f"{right} taken for {wrong}\n{p:.0%}" for right, wrong, p in found]
+    titled_images(images, titles, min(8, max(1, len(images))), path)
+
+
+def titled_images(images: list[Tensor], titles: list[str], columns: int, path: Path) -> None:
+    """Draw images under their titles, row by row, and save them as PNG.
+
+    Args:
+        images: each (c, h, w) pixels in 0..1.
+        titles: what stands above each.
+        columns: images of a row.
+        path: where the PNG goes; its folder is made.
+    """
     rows = max(1, -(-len(images) // columns))
     figure = Figure(figsize=(1.4 * columns, 1.7 * rows), dpi=100, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in axes:
         ax.axis("off")
-    for ax, image, right, wrong, p in zip(axes, images, truth, predicted, confidence, strict=False):
+    for ax, image, title in zip(axes, images, titles, strict=False):
         _show(ax, image)
-        ax.set_title(f"{right} taken for {wrong}\n{p:.0%}", fontsize=8)
+        ax.set_title(title, fontsize=8)
     _save(figure, path)
+
+
+def tiles(images: Float[Tensor, "n c h w"], columns: int, path: Path) -> Image.Image:
+    """Images side by side, row by row, and nothing else, as PNG.
+
+    Small ones are enlarged by a whole number, so that each of their pixels is a square.
+
+    Args:
+        images: pixels in 0..1; of more than three channels the first three are drawn.
+        columns: images of a row.
+        path: where the PNG goes; its folder is made.
+
+    Returns:
+        The picture.
+    """
+    n, c, h, w = images.shape
+    enlarged = max(1, round(TILE / max(h, w)))
+    shown = images[:, : 3 if c >= 3 else 1]
+    shown = shown.repeat_interleave(enlarged, 2).repeat_interleave(enlarged, 3)
+    grid = make_grid(shown, nrow=min(n, columns), padding=2, pad_value=1.0)
+    picture = to_pil_image((grid * 255).round().to(torch.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    return picture
 
 
 def embedding_map(
@@ -127,7 +174,7 @@ def embedding_map(
 
     Args:
         features: at most MAP_POINTS of them are drawn, evenly spaced.
-        labels: their classes.
+        labels: their classes; those without (-1) are gray.
         path: where the PNG goes; its folder is made.
         method: "pca", the two directions of largest variance; "tsne" (van der Maaten and Hinton
             2008), neighbours stay together and distances say nothing; scikit-learn's.
@@ -144,12 +191,16 @@ def embedding_map(
         points = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(x)
     figure = Figure(figsize=(7, 6), dpi=100, layout="constrained")
     ax = figure.subplots()
-    classes = int(labels.max()) + 1
-    colours = matplotlib.colormaps["tab10" if classes <= 10 else "turbo"].resampled(classes)
-    drawn = ax.scatter(*points.T, c=y.numpy(), cmap=colours, s=6, vmin=-0.5, vmax=classes - 0.5)
-    figure.colorbar(drawn, ax=ax, label="class")
+    known, classes = (y >= 0).numpy(), int(labels.max()) + 1
+    ax.scatter(*points[~known].T, color="0.85", s=6)
+    if classes > 0:
+        colours = matplotlib.colormaps["tab10" if classes <= 10 else "turbo"].resampled(classes)
+        limits = {"vmin": -0.5, "vmax": classes - 0.5}
+        drawn = ax.scatter(*points[known].T, c=y.numpy()[known], cmap=colours, s=6, **limits)
+        ticks = range(classes) if classes <= NUMBERED_CLASSES else None
+        figure.colorbar(drawn, ax=ax, label="class", ticks=ticks)
     title = "PCA" if method == "pca" else "t-SNE"
-    ax.set(xticks=[], yticks=[], title=f"{title} of {len(x):,} test features")
+    ax.set(xticks=[], yticks=[], title=f"{title} of {len(x):,} features")
     _save(figure, path)
     return torch.from_numpy(points).float()
 

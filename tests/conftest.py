@@ -46,6 +46,32 @@ def run_cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return lambda *argv: main([str(a) for a in argv])
 
 
+@pytest.fixture(scope="session")
+def applied(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run of a few steps of a config on the small shards, of pixels in 0..1; made once for all
+    tests."""
+    from maepretrain.cli import main
+
+    folder, made = tmp_path_factory.mktemp("applied"), {}
+
+    def make(name: str, *more: object) -> Path:
+        if (name, more) not in made:
+            run = made[name, more] = folder / f"{len(made)}-{Path(name).name}"
+            command = ["pretrain", "-c", name, "--run", str(run), "--data.image_size", "8"]
+            command += ["--data.train", f"{shards}/train-*.tar", "--data.val"]
+            command += [f"{shards}/test-*.tar", "--data.global_batch", "30", "--data.flip", "0"]
+            command += ["--data.num_workers", "0", "--trainer.max_steps", "15"]
+            command += ["--optim.warmup_epochs", "0", "--optim.base_lr", "2e-2"]
+            command += ["--data.mean", "[0.0]", "--data.std", "[1.0]"]
+            command += ["--trainer.check_val_every_n_epoch", "100", *map(str, more)]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", ["maepretrain"])
+                assert main(command) == 0
+        return made[name, more]
+
+    return make
+
+
 @pytest.fixture
 def pretrain_tiny(shards: Path, run_cli: Callable[..., int]) -> Callable[..., int]:
     """`maepretrain pretrain -c mae/digits` with a tiny model on the small shards; 6 steps an

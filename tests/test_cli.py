@@ -43,7 +43,12 @@ def test_every_verb_is_in_the_help(run_cli: Run, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    "verb", [["pretrain"], ["finetune"], ["probe"], ["quickstart"], ["shards", "write"]]
+    "verb",
+    [
+        *(["pretrain"], ["finetune"], ["probe"], ["quickstart"], ["shards", "write"], ["embed"]),
+        *(["reconstruct"], ["denoise"], ["search"], ["generate", "sample"]),
+        *(["generate", "interpolate"], ["generate", "traverse"]),
+    ],
 )
 def test_every_option_is_documented(
     verb: list[str], run_cli: Run, capsys: pytest.CaptureFixture[str]

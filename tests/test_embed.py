@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from maepretrain.data.images import resize
 from maepretrain.evaluate.encoders import load_encoder
+from maepretrain.plots import embedding_map
 from maepretrain.quickstart import digits
 
 Run = Callable[..., int]
@@ -71,6 +73,7 @@ def test_parquet(run: Path, tmp_path: Path, run_cli: Run) -> None:
         file, table = np.load(tmp_path / "a.npz"), parquet.read_table(tmp_path / "a.parquet")
         for column, name in (("key", "keys"), ("shard", "shards"), ("label", "labels")):
             assert table[column].to_pylist() == file[name].tolist()
+        assert table.schema.metadata[b"made"].decode() == str(file["made"])
         assert table["feature"].to_pylist() == file["features"].tolist()
 
 
@@ -132,6 +135,8 @@ def test_other_encoders(
         (["--out", "a.npz", "--data.val", "null"], "data.val names no indexed shards"),
         (["--out", "a.npz", "--batch", "0"], "batch 0 must be at least 1"),
         (["--out", "a.npz", "--pool", "max"], "pool"),
+        (["--out", "a.npz", "--map", "a.jpg"], "--map a.jpg must end in .png"),
+        (["--out", "a.npz", "--map", "a.png", "--pool", "tokens"], "take pool mean or cls"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -140,6 +145,36 @@ def test_mistakes_are_one_line(
     assert run_cli("embed", "--encoder", run, *options) == 2
     error = capsys.readouterr().err
     assert rule in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_a_map_of_the_features(
+    method: str, run: Path, tmp_path: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is drawn is tested with `embedding_map`; here that it is of these features."""
+    out, mapped = tmp_path / "a.npz", tmp_path / "pictures/map.png"
+    options = ["--encoder", run, "--out", out, "--map", mapped, "--map_method", method]
+    assert run_cli("embed", *options) == 0
+    assert f"map in {mapped}\n" in capsys.readouterr().out
+    file = np.load(out)
+    features, labels = torch.from_numpy(file["features"]), torch.from_numpy(file["labels"])
+    embedding_map(features, labels, tmp_path / "theirs.png", method)  # type: ignore[arg-type]
+    assert mapped.read_bytes() == (tmp_path / "theirs.png").read_bytes()
+
+
+def test_a_map_of_images_without_labels_is_gray(
+    run: Path, tmp_path: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, image in enumerate(digits()[1].images[:12]):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    assert run_cli("shards", "write", folder, tmp_path / "shards") == 0
+    options = ["--encoder", run, "--out", tmp_path / "a.npz", "--map", tmp_path / "map.png"]
+    assert run_cli("embed", *options, "--data.val", f"{tmp_path}/shards/train-*.tar") == 0
+    assert "; 12 images without label are gray" in capsys.readouterr().out
+    colours = Image.open(tmp_path / "map.png").convert("RGB").getcolors(1 << 20) or []
+    assert all(r == g == b for _, (r, g, b) in colours)  # type: ignore[misc]
 
 
 @pytest.mark.slow

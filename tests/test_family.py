@@ -61,6 +61,12 @@ def test_a_config_trains_and_keeps_the_contract(
     assert torch.equal(shown.original, images)
     assert all(row.shape == images.shape for row in shown)
     assert "reconstruction" in shown._fields
+    if name == "ae/adversarial_conditional":
+        with pytest.raises(ValueError, match="one of 10 classes"):
+            model.decode(code)
+    else:
+        decoded = model.decode(code)
+        assert any(torch.allclose(decoded, row, atol=1e-6) for row in shown)
     inside = {id(p) for layer in model.layers() for p in layer}
     assert inside and inside <= {id(p) for p in model.parameters()}
     with pytest.raises(ValueError, match="the model takes"):

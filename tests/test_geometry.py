@@ -22,6 +22,7 @@ from maepretrain.evaluate.geometry import (
     interpolate,
     jacobian,
     sensitivity,
+    traverse,
     vector_field,
 )
 from maepretrain.models.autoencoder import Autoencoder
@@ -162,6 +163,19 @@ def test_paths_stay_on_the_manifold(moving: tuple[Autoencoder, Tensor]) -> None:
     assert near < 0.5 * far
     with pytest.raises(ValueError, match="2 steps"):
         interpolate(model.encode, model.coder.mean, ends[0], ends[1], steps=1)
+
+
+def test_a_traversal_changes_one_number_of_the_code() -> None:
+    decode, code = torch.nn.Linear(3, 7, bias=False), torch.tensor([1.0, 2.0, 3.0])
+    drawn = traverse(decode, code, 1, torch.tensor([-4.0, 2.0]))
+    with torch.no_grad():
+        columns = decode.weight.T
+        expected = torch.stack([columns[0] + n * columns[1] + 3 * columns[2] for n in (-4, 2)])
+    torch.testing.assert_close(drawn, expected)
+    assert code.tolist() == [1, 2, 3]
+    for wrong in (-1, 3):
+        with pytest.raises(ValueError, match=f"dimension {wrong} must be 0 to 2"):
+            traverse(decode, code, wrong, torch.zeros(1))
 
 
 def test_maps_keep_what_they_say(tmp_path: Path) -> None:

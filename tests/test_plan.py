@@ -132,7 +132,7 @@ def test_a_masked_autoencoders_bytes_are_those_of_a_real_step(
 def test_recomputing_needs_the_largest_block_once() -> None:
     asked = ["-c", "mae/vit_base", *ONE, "--data.global_batch", "4", "--trainer.precision", "32"]
     # Of three decoder blocks the middle one computes everything for all tokens.
-    deep = VIT | {"decoder_depth": 3}
+    deep: dict[str, Any] = VIT | {"decoder_depth": 3}
     once = planned([*asked, *options(deep | {"activation_checkpointing": True})])["rows"]["ddp"]
     model = MaskedAutoencoder(**deep)
     sizes = []

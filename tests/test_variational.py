@@ -156,28 +156,6 @@ def test_loss_falls_and_says_more_than_a_model_without_code(trained: Variational
     assert float(loss.detach()) < 0.95 * float(independent * 64)
 
 
-def test_interpolation_goes_from_one_reconstruction_to_the_other(trained: Variational) -> None:
-    a, b = batch(2)["input"]
-    path = trained.interpolate(a, b, 5)
-    ends = trained.reconstruct(torch.stack([a, b])).reconstruction
-    torch.testing.assert_close(path[[0, -1]], ends)
-    middle = trained.encode(torch.stack([a, b])).mean(0, keepdim=True)
-    torch.testing.assert_close(path[2:3], trained.coder.mean(middle))
-
-
-def test_traversal_changes_one_number_of_the_code(trained: Variational) -> None:
-    image = batch(1)["input"][0]
-    code = trained.encode(image[None])
-    own = float(code[0, 2].detach())
-    drawn = trained.traverse(image, 2, [-2.0, own, 2.0])
-    torch.testing.assert_close(drawn[1:2], trained.coder.mean(code))
-    code = code.detach().clone()
-    code[0, 2] = -2.0
-    torch.testing.assert_close(drawn[0:1], trained.coder.mean(code))
-    with pytest.raises(ValueError, match="dimension 6 must be 0 to 5"):
-        trained.traverse(image, 6, [0.0])
-
-
 def test_beta_trades_detail_for_a_code_near_the_prior() -> None:
     figures: dict[float, dict[str, Tensor]] = {}
     for beta in (0.1, 10.0):

@@ -43,7 +43,8 @@ class ShardData(L.LightningDataModule):
 
     Args:
         train: shard patterns: braces (`a-{000..011}.tar`), globs, files, addresses (`https://`,
-            `s3://`, `gs://`, `hf://`); one, a list, or patterns with weights for a mixture.
+            `s3://`, `gs://`, `hf://`); one, a list, or patterns with weights for a mixture. None
+            (of applications, not of a config): only held-out images, or none.
         val: patterns of held-out shards, or null for no validation.
         global_batch: samples per optimizer step over all processes and accumulated micro-batches.
         image_size: side of the square images given to the model, [height, width], or [length] of
@@ -81,7 +82,7 @@ class ShardData(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | dict[str, float],
+        train: str | list[str] | dict[str, float] | None,
         val: str | list[str] | None = None,
         global_batch: int = 256,
         image_size: int | list[int] = 224,
@@ -129,16 +130,22 @@ class ShardData(L.LightningDataModule):
         self.plain: list[str] | None = None
         self._shards_of_source: list[int] = []
         self.index = ShardIndex([])
-        if exact:
+        if train is None:
+            self._open([])
+        elif exact:
             self._open(list(train) if isinstance(train, dict) else [train])
         else:
             self._open_plain(train, allow_pipe)
         self.val_index = (
             ShardIndex(open_shards(val, max(1, num_workers), self.cache)) if val else None
         )
-        self.order = self._make_order()
-        self.early = self._set_early(low_image_size, low_epochs)
-        self.low_steps = round(low_epochs * self.order.steps_per_epoch)
+        if train is not None:  # otherwise there is nothing to order
+            self.order = self._make_order()
+        self.early: Augment | None = None
+        self.low_steps = 0
+        if low_image_size is not None or low_epochs:
+            self.early = self._set_early(low_image_size, low_epochs)
+            self.low_steps = round(low_epochs * self.order.steps_per_epoch)
         self.stream: Stream | None = None
         self._resume_from = 0
         self._read_ahead: ReadAhead | None = None
@@ -184,13 +191,11 @@ class ShardData(L.LightningDataModule):
             val_share = 1.0 if scale is None else 0.875
         self.centre_crop = CentreCrop(height, width, val_share)
 
-    def _set_early(self, size: int | list[int] | None, epochs: float) -> Augment | None:
-        if (size is None) != (epochs == 0) or epochs < 0:
+    def _set_early(self, size: int | list[int] | None, epochs: float) -> Augment:
+        if size is None or epochs <= 0:
             raise ValueError(
                 f"low_image_size {size} and low_epochs {epochs} go together, the latter above 0"
             )
-        if size is None:
-            return None
         sides = [size] * 2 if isinstance(size, int) else size
         if self.plain is not None or not isinstance(self.augment, Augment) or len(sides) != 2:
             raise ValueError("low_image_size is for images that are read exactly")

@@ -1,9 +1,12 @@
 """`maepretrain embed`: the features of images with their keys, in a file for retrieval.
 
 A .npz holds `features` (n, d), `keys`, `labels` (-1: none) and `shards`; a .parquet has one row for
-each image with `key`, `shard`, `label` and `feature`. Both are in the order of the shards.
+each image with `key`, `shard`, `label` and `feature`. Both are in the order of the shards. `made`,
+JSON (of parquet in the table's metadata), says by which encoder and how images were shown to it:
+`maepretrain search` shows it queries alike.
 """
 
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,23 +20,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from maepretrain.arguments import make_parser, parse
+from maepretrain.data.images import CentreCrop
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch, Samples
 from maepretrain.evaluate.encoders import evaluation_parser, load_encoder
 from maepretrain.evaluate.features import Processes
 from maepretrain.files import replacing
+from maepretrain.plots import embedding_map
 from maepretrain.training import Normalise
 
 Pool = Literal["mean", "cls", "tokens"]
 
 
 class Embeddings(NamedTuple):
-    """Features with what they are of; row i of each is the same image."""
+    """Features with what they are of; row i of each is the same image. And how they were made."""
 
     features: Float[np.ndarray, "n *d"]
     keys: list[str]
     labels: Int64[np.ndarray, "n"]
     shards: list[str]
+    made: str
 
 
 def embed_images(
@@ -44,6 +50,8 @@ def embed_images(
     pool: Pool = "mean",
     half: bool = False,
     batch: int = 256,
+    map: Path | None = None,
+    map_method: Literal["pca", "tsne"] = "pca",
 ) -> int:
     """Write the features of all images of a split, with their keys, labels and shards.
 
@@ -58,6 +66,9 @@ def embed_images(
         pool: "mean" of the patch tokens, "cls" token, or all patch "tokens", (n, patches, width).
         half: float16 instead of float32.
         batch: images in one forward pass.
+        map: also draw the features as points of a plane, coloured by label, into this .png.
+        map_method: "pca", the two directions of largest variance; "tsne", which keeps neighbours
+            together (a minute or two for 5,000 images).
 
     Returns:
         How many images were written.
@@ -67,6 +78,7 @@ def embed_images(
             features beyond float16.
     """
     _check_out(out)
+    _check_map(map, pool)
     index = data.index if split == "train" else data.val_index
     if index is None or not len(index):
         raise ValueError(f"there are no samples to embed: data.{split} names no indexed shards")
@@ -74,7 +86,7 @@ def embed_images(
         raise ValueError(f"batch {batch} must be at least 1")
     samples = data.evaluation(index)
     with Processes() as processes:
-        encode = _Encode(load_encoder(encoder, data), data, pool, processes.device)
+        encode = Encode(load_encoder(encoder, data), data, pool, processes.device)
         share = processes.share(len(samples))
         features, labels, good = encode_all(encode, samples, share, batch, data.num_workers, half)
         parts = processes.all((features, labels, good))
@@ -86,12 +98,15 @@ def embed_images(
     names = [name for name, g in zip(samples.names([*range(len(samples))]), good, strict=True) if g]
     if len(names) < len(samples):
         print(f"{len(samples) - len(names)} unreadable samples are left out", file=sys.stderr)
-    write(out, Embeddings(features, [key for _, key in names], labels, [url for url, _ in names]))
+    keys, shards = [key for _, key in names], [url for url, _ in names]
+    write(out, Embeddings(features, keys, labels, shards, _how_made(encoder, pool, data)))
     print(f"features {features.shape} {features.dtype} of {len(names):,} images in {out}")
+    if map is not None:
+        _draw_map(features, labels, map, map_method)
     return len(names)
 
 
-class _Encode:
+class Encode:
     """From uint8 images to features on the CPU."""
 
     def __init__(self, model: nn.Module, data: ShardData, pool: Pool, device: torch.device) -> None:
@@ -115,7 +130,7 @@ class _Encode:
 
 @torch.no_grad()
 def encode_all(
-    encode: _Encode, samples: Samples, share: range, batch: int, workers: int, half: bool
+    encode: Encode, samples: Samples, share: range, batch: int, workers: int, half: bool
 ) -> tuple[Float[np.ndarray, "k *d"], Int64[np.ndarray, "k"], Bool[np.ndarray, "m"]]:
     """Features and labels of the samples of a share that can be read, and which of them can.
 
@@ -148,6 +163,36 @@ def _as_batch(batch: Batch) -> Batch:
     return batch
 
 
+def _how_made(encoder: str, pool: Pool, data: ShardData) -> str:
+    spec = encoder if encoder.startswith("timm:") else str(Path(encoder).absolute())
+    shown: dict[str, Any] = {"image_size": list(data.shape[1:])}
+    shown |= {"channels": data.channels, "exif": data.exif}
+    shown |= {"mean": list(data.mean), "std": list(data.std)}
+    if isinstance(data.centre_crop, CentreCrop):
+        shown["val_share"] = data.centre_crop.share
+    return json.dumps({"encoder": spec, "pool": pool, "data": shown})
+
+
+def _check_map(path: Path | None, pool: Pool) -> None:
+    if path is not None and path.suffix != ".png":
+        raise ValueError(f"--map {path} must end in .png")
+    if path is not None and pool == "tokens":
+        raise ValueError("a map has one point for each image: take pool mean or cls, not tokens")
+
+
+def _draw_map(
+    features: Float[np.ndarray, "n d"],
+    labels: Int64[np.ndarray, "n"],
+    path: Path,
+    method: Literal["pca", "tsne"],
+) -> None:
+    if len(features) < 3:
+        raise ValueError(f"a map needs 3 images or more, not {len(features)}")
+    embedding_map(torch.from_numpy(features), torch.from_numpy(labels), path, method)
+    without = int((labels < 0).sum())
+    print(f"map in {path}" + (f"; {without:,} images without label are gray" if without else ""))
+
+
 def _check_out(out: Path) -> None:
     if out.suffix not in (".npz", ".parquet"):
         raise ValueError(f"--out {out} must end in .npz or .parquet")
@@ -176,7 +221,8 @@ def _write_parquet(file: IO[bytes], rows: Embeddings) -> None:
     for length in rows.features.shape[:0:-1]:
         column = pyarrow.FixedSizeListArray.from_arrays(column, length)
     columns = {"key": rows.keys, "shard": rows.shards, "label": rows.labels, "feature": column}
-    parquet.write_table(pyarrow.table(columns), file)
+    table = pyarrow.table(columns).replace_schema_metadata({"made": rows.made})
+    parquet.write_table(table, file)
 
 
 def embed_command(argv: list[str]) -> int:

@@ -63,13 +63,35 @@ def load_encoder(spec: str, data: ShardData | None = None) -> nn.Module:
         ValueError: nothing of that name, weights of another model, channels or a size that the
             encoder does not take.
     """
+    return _loaded(spec, data)[0]
+
+
+def load_autoencoder(spec: str, data: ShardData | None = None) -> nn.Module:
+    """The whole pretrained model that `spec` names, whose decoder belongs to its encoder.
+
+    Raises:
+        ValueError: as of `load_encoder`; an encoder alone, or one that was fine-tuned.
+    """
+    run = run_of(spec)
+    if run is not None and "model" not in (config := _mapping(run / "config.yaml")):
+        raise ValueError(
+            f"{run} was fine-tuned to classify and has no decoder of its own: name the pretraining "
+            f"run ({config.get('encoder')})"
+        )
+    model, decoder = _loaded(spec, data)
+    if not decoder or not hasattr(model, "reconstruct"):
+        raise ValueError(f"{spec} is an encoder alone: this needs a model with its decoder")
+    return model
+
+
+def _loaded(spec: str, data: ShardData | None) -> tuple[nn.Module, bool]:
+    """The model, and whether more than its encoder was loaded."""
     found = _find(spec, data)
     if data is not None:
         _compare_normalisation(found, data, spec)
     model = found.make()
-    if found.weights is not None:
-        _load(model, found.weights(), spec)
-    return _fit(model, found, data)
+    whole = found.weights is not None and _load(model, found.weights(), spec)
+    return _fit(model, found, data), whole
 
 
 def fresh_encoder(spec: str, data: ShardData | None, seed: int) -> nn.Module:
@@ -259,16 +281,17 @@ def _of_config(config: Namespace, weights: Callable[[], Weights]) -> _Found:
     )
 
 
-def _load(model: nn.Module, weights: Weights, spec: str) -> None:
+def _load(model: nn.Module, weights: Weights, spec: str) -> bool:
+    """Copy the weights into the model; whether they were more than an encoder's."""
     try:
         if {"vit.embeddings.cls_token", "embeddings.cls_token"} & weights.keys():
             weights = from_hugging_face(weights)
         if isinstance(model, MaskedAutoencoder) and not any(
             k.startswith("encoder.") for k in weights
         ):
-            load_official(model, weights)
-        else:
-            load_exactly(model.state_dict(), weights)
+            return load_official(model, weights) == "encoder and decoder"
+        load_exactly(model.state_dict(), weights)
+        return True
     except ValueError as error:
         raise ValueError(f"encoder {spec}: {error}") from error
 

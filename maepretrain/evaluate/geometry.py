@@ -133,6 +133,31 @@ def interpolate(
     return along, a + share * (b - a)
 
 
+@torch.no_grad()
+def traverse(
+    decode: Map, code: Float[Tensor, "d"], dimension: int, values: Float[Tensor, "s"]
+) -> Float[Tensor, "s *size"]:
+    """Samples decoded from a code with one of its numbers set to each of the values.
+
+    Raises:
+        ValueError: a dimension that the code does not have.
+    """
+    check_dimension(dimension, len(code))
+    codes = code.repeat(len(values), 1)
+    codes[:, dimension] = values
+    return decode(codes)
+
+
+def check_dimension(dimension: int, width: int) -> None:
+    """Refuse a number that a code of this width does not have.
+
+    Raises:
+        ValueError: it is not in 0..width - 1.
+    """
+    if not 0 <= dimension < width:
+        raise ValueError(f"dimension {dimension} must be 0 to {width - 1}")
+
+
 def flat_map(
     x: Float[Tensor, "n v"], method: Literal["pca", "mds", "isomap"], neighbours: int = 10
 ) -> Float[Tensor, "n 2"]:

@@ -125,17 +125,20 @@ class Adversarial(nn.Module):
         discriminator = (F.softplus(-real) + F.softplus(fake)).mean()
         return discriminator, F.softplus(-seen).mean(), (fake > 0).float().mean()
 
-    def draw(self, position: Int64[Tensor, "b"]) -> Float[Tensor, "b d"]:
-        """A draw of the prior for each position, from (seed, position) alone."""
+    def draw(self, position: Int64[Tensor, "b"], seed: int | None = None) -> Float[Tensor, "b d"]:
+        """A draw of the prior for each position, from (seed, position) alone; null takes the
+        model's seed."""
+        seed = self.seed if seed is None else seed
         if self.prior == "gaussian":
-            return normal(self.seed, "prior", position, self.width)
-        return 2 * uniform(self.seed, "prior", position, self.width) - 1
+            return normal(seed, "prior", position, self.width)
+        return 2 * uniform(seed, "prior", position, self.width) - 1
 
-    def sample(
-        self, position: Int64[Tensor, "b"], label: Int64[Tensor, "b"] | None = None
-    ) -> Float[Tensor, "b c *size"]:
-        """Draws of the prior, decoded; with classes, of the given ones."""
-        return self.coder.mean(self._with_class(self.draw(position), label))
+    @torch.no_grad()
+    def sample(self, n: int, seed: int = 0) -> Float[Tensor, "n c *size"]:
+        """n draws of the prior, decoded; with classes, the i-th of class i modulo their number."""
+        number = torch.arange(n, device=next(self.parameters()).device)
+        label = number % self.classes if self.classes else None
+        return self.coder.mean(self._with_class(self.draw(number, seed), label))
 
     def _with_class(
         self, code: Float[Tensor, "b d"], label: Int64[Tensor, "b"] | None
@@ -155,6 +158,19 @@ class Adversarial(nn.Module):
     def encode(self, images: Float[Tensor, "b c *size"]) -> Float[Tensor, "b d"]:
         """The code, without the class."""
         return self.coder.encode(images)[:, : self.width]
+
+    def decode(self, code: Float[Tensor, "b d"]) -> Float[Tensor, "b c *size"]:
+        """The expected images of codes.
+
+        Raises:
+            ValueError: a model with classes, whose codes hold the style only.
+        """
+        if self.classes:
+            raise ValueError(
+                f"a code of this Adversarial tells the style only: its decoder needs one of "
+                f"{self.classes} classes beside it"
+            )
+        return self.coder.mean(code)
 
     def classify(self, images: Float[Tensor, "b c *size"]) -> Int64[Tensor, "b"]:
         """The class under which each image's code decodes best."""

@@ -153,6 +153,10 @@ class Contractive(nn.Module):
         """The code."""
         return self.coder.encode(images)
 
+    def decode(self, code: Float[Tensor, "b d"]) -> Float[Tensor, "b c *size"]:
+        """The expected images of codes."""
+        return self.coder.mean(code)
+
     @torch.no_grad()
     def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
         """What is decoded from the code."""

@@ -77,6 +77,10 @@ class Denoising(nn.Module):
         """The code of images as they are, not corrupted."""
         return self.coder.encode(images)
 
+    def decode(self, code: Float[Tensor, "b d"]) -> Float[Tensor, "b c *size"]:
+        """The expected images of codes."""
+        return self.coder.mean(code)
+
     @torch.no_grad()
     def denoise(self, corrupted: Float[Tensor, "b c *size"]) -> Float[Tensor, "b c *size"]:
         """The clean images that are expected behind corrupted ones."""

@@ -145,6 +145,10 @@ class GenerativeStochastic(nn.Module):
         """The code without noise."""
         return self.coder.encode(images)
 
+    def decode(self, code: Float[Tensor, "b d"]) -> Float[Tensor, "b c *size"]:
+        """The expected images of codes."""
+        return self.coder.mean(code)
+
     @torch.no_grad()
     def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
         """One step of the chain from the images, what is decoded from their codes without noise,

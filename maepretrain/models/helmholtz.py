@@ -126,6 +126,13 @@ class Helmholtz(nn.Module):
             states.insert(0, self._draw(layer(states[0]), position, f"{stream} {number}"))
         return states
 
+    @torch.no_grad()
+    def sample(self, n: int, seed: int = 0) -> Float[Tensor, "n c *size"]:
+        """Probabilities of the pixels of n dreams, given the layer above them."""
+        number = torch.arange(n, device=self.top.device)
+        above = self.dream(number, f"sample {seed}")[1]
+        return self.generation[0](above).sigmoid().unflatten(1, self.shape)
+
     def _draw(
         self, logits: Float[Tensor, "b n"], position: Int64[Tensor, "b"], stream: str
     ) -> Float[Tensor, "b n"]:

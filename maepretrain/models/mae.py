@@ -126,16 +126,10 @@ class MaskedAutoencoder(nn.Module):
         self.patch_size: int = self.encoder.patch_embed.patch_size[0]
         self.channels, self.seed, self.mask, self.norm_pix = channels, seed, mask, norm_pix
         self.activation_checkpointing = activation_checkpointing
-        self.mask_ratio, self.reconstructed = mask_ratio, reconstruct
-        self.masks_per_image, self.decoder = masks_per_image, decoder
-        self.mask_tokens_in_encoder = mask_tokens_in_encoder
-        self.visible, _ = self.counts(self.grid)
+        self.reconstructed, self.masks_per_image = reconstruct, masks_per_image
+        self.decoder, self.mask_tokens_in_encoder = decoder, mask_tokens_in_encoder
         _check_options(reconstruct, masks_per_image, mask, decoder, mask_tokens_in_encoder)
-        if mask == "grid" and (mask_ratio != 0.75 or self.grid[0] % 2 or self.grid[1] % 2):
-            raise ValueError(
-                f"mask grid keeps one patch of 2 x 2: it needs mask_ratio 0.75 (not {mask_ratio}) "
-                f"and an even patch grid (not {self.grid[0]}x{self.grid[1]})"
-            )
+        self.hide(mask_ratio)
         width = self.encoder.embed_dim
         if decoder_depth < 1:
             raise ValueError(f"decoder_depth {decoder_depth} must be at least 1")
@@ -165,6 +159,20 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_norm = LayerNorm(decoder_width)
         self.decoder_pred = nn.Linear(decoder_width, self.patch_size**2 * channels)
         self._initialise()
+
+    def hide(self, mask_ratio: float) -> None:
+        """Hide this share of the patches from now on.
+
+        Raises:
+            ValueError: a share that leaves nothing to see or to predict.
+        """
+        self.mask_ratio = mask_ratio
+        self.visible, _ = self.counts(self.grid)
+        if self.mask == "grid" and (mask_ratio != 0.75 or self.grid[0] % 2 or self.grid[1] % 2):
+            raise ValueError(
+                f"mask grid keeps one patch of 2 x 2: it needs mask_ratio 0.75 (not {mask_ratio}) "
+                f"and an even patch grid (not {self.grid[0]}x{self.grid[1]})"
+            )
 
     def _initialise(self) -> None:
         for module in self.modules():

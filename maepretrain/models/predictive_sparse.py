@@ -130,13 +130,16 @@ class PredictiveSparse(nn.Module):
             raise ValueError(f"inputs are {tuple(images.shape[1:])}, the model takes {self.shape}")
         return self.gain * self.predictor(images.flatten(1)).tanh()
 
+    def decode(self, code: Float[Tensor, "b d"]) -> Float[Tensor, "b c *size"]:
+        """Sums of the dictionary's columns."""
+        return (code @ self.dictionary.T).unflatten(1, self.shape)
+
     @torch.no_grad()
     def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
         """What is decoded from the inferred code, and from the predicted one, which `encode`
         gives."""
         codes = self.infer(images), self.encode(images)
-        decoded = ((z @ self.dictionary.T).unflatten(1, self.shape) for z in codes)
-        return Reconstruction(images, *decoded)
+        return Reconstruction(images, *map(self.decode, codes))
 
     def layers(self) -> list[list[nn.Parameter]]:
         """The predictor's parameters."""

@@ -88,6 +88,10 @@ class Recirculation(nn.Module):
         """The hidden units' activity, in 0..1."""
         return self.coder.encode(images)
 
+    def decode(self, code: Float[Tensor, "b d"]) -> Float[Tensor, "b c *size"]:
+        """The expected images of codes."""
+        return self.coder.mean(code)
+
     def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
         """What the hidden units give back, not mixed."""
         return Reconstruction(images, self.coder.mean(self.coder.encode(images)))

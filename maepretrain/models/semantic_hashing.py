@@ -84,6 +84,10 @@ class SemanticHashing(nn.Module):
         """The bits' probabilities, without noise."""
         return self.coder.encode(images).sigmoid()
 
+    def decode(self, code: Float[Tensor, "b d"]) -> Float[Tensor, "b c *size"]:
+        """The expected images of codes."""
+        return self.coder.mean(code)
+
     def codes(self, images: Float[Tensor, "b c *size"]) -> Bool[Tensor, "b d"]:
         """The bits: probabilities above 1/2."""
         return self.coder.encode(images) > 0

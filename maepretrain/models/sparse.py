@@ -96,6 +96,10 @@ class Sparse(nn.Module):
         code = self.coder.encode(images)
         return keep_largest(code, self.active) if self.penalty == "k" else code
 
+    def decode(self, code: Float[Tensor, "b d"]) -> Float[Tensor, "b c *size"]:
+        """The expected images of codes."""
+        return self.coder.mean(code)
+
     @torch.no_grad()
     def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
         """What is decoded from the code."""

@@ -120,6 +120,13 @@ class Stacked(nn.Module):
         """The code of the last layer."""
         return self._codes(images)[-1]
 
+    def decode(self, code: Float[Tensor, "b d"]) -> Float[Tensor, "b c *size"]:
+        """The expected images of codes of the last layer, down through all layers."""
+        down = code
+        for layer in reversed(self.stack):
+            down = cast(Any, layer).coder.mean(down.flatten(1))
+        return down
+
     def _codes(self, images: Float[Tensor, "b c *size"]) -> list[Float[Tensor, "b _"]]:
         codes: list[Tensor] = []
         for layer in self.stack:
@@ -132,10 +139,8 @@ class Stacked(nn.Module):
         """What is decoded from the code of the first layer, and through all layers from the
         last."""
         codes = self._codes(images)
-        down = codes[-1]
-        for layer in reversed(self.stack):
-            down = cast(Any, layer).coder.mean(down.flatten(1))
-        return Reconstruction(images, cast(Any, self.stack[0]).coder.mean(codes[0]), down)
+        first = cast(Any, self.stack[0]).coder.mean(codes[0])
+        return Reconstruction(images, first, self.decode(codes[-1]))
 
     def layers(self) -> list[list[nn.Parameter]]:
         """The encoders' parameters from input to output."""

@@ -11,7 +11,6 @@ Axes: b samples, k draws of z for each of them, d numbers of the code, c channel
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -125,34 +124,13 @@ class Variational(nn.Module):
         z = normal(seed, "prior", torch.arange(n), self.coder.width)
         return self.coder.mean(z.to(self.log_variance.weight.device))
 
-    @torch.no_grad()
-    def interpolate(
-        self, a: Float[Tensor, "c *size"], b: Float[Tensor, "c *size"], steps: int
-    ) -> Float[Tensor, "steps c *size"]:
-        """From the reconstruction of one image to that of another, on the straight line between
-        their mean codes."""
-        first, last = self.encode(torch.stack([a, b]))
-        share = torch.linspace(0, 1, steps, device=first.device)[:, None]
-        return self.coder.mean((1 - share) * first + share * last)
-
-    @torch.no_grad()
-    def traverse(
-        self, image: Float[Tensor, "c *size"], dimension: int, values: Sequence[float]
-    ) -> Float[Tensor, "steps c *size"]:
-        """Reconstructions of an image with one number of its mean code set to each of the values.
-
-        Raises:
-            ValueError: a dimension that the code does not have.
-        """
-        if not 0 <= dimension < self.coder.width:
-            raise ValueError(f"dimension {dimension} must be 0 to {self.coder.width - 1}")
-        code = self.encode(image[None]).repeat(len(values), 1)
-        code[:, dimension] = torch.tensor(values, dtype=code.dtype, device=code.device)
-        return self.coder.mean(code)
-
     def encode(self, images: Float[Tensor, "b c *size"]) -> Float[Tensor, "b d"]:
         """The mean of q(z|x)."""
         return self.coder.encode(images)
+
+    def decode(self, code: Float[Tensor, "b d"]) -> Float[Tensor, "b c *size"]:
+        """The expected images of codes."""
+        return self.coder.mean(code)
 
     @torch.no_grad()
     def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:

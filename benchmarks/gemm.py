@@ -46,7 +46,7 @@ def products(model: MaskedAutoencoder, batch: int) -> list[Product]:
         ("encoder", seen, model.encoder.blocks),
         ("decoder", every, model.decoder_blocks),
     ):
-        block: Any = list(blocks)[0]
+        block: Any = next(iter(blocks))
         layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
         for name, layer in zip(("qkv", "proj", "fc1", "fc2"), layers, strict=True):
             size = (layer.in_features, layer.out_features)

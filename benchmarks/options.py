@@ -1,8 +1,8 @@
 """What options of the masked autoencoder cost: time and FLOPs of a training step against the
 default.
 
-Each option takes turns with the default: one thread, CPU time, medians of the rounds' ratios. Options
-change what is learned: these rows are no like-for-like comparison.
+Each option takes turns with the default: one thread, CPU time, medians of the rounds' ratios. They
+change what is learned, so that these rows are no like-for-like comparison.
 """
 
 import argparse
@@ -88,8 +88,8 @@ def main(argv: list[str]) -> None:
         del model, run
         gc.collect()
     print(
-        f"{arguments.encoder}, batch {arguments.batch}, {arguments.rounds} rounds. The default step "
-        f"takes {1000 * statistics.median(of_base):,.0f} ms and "
+        f"{arguments.encoder}, batch {arguments.batch}, {arguments.rounds} rounds. The default "
+        f"step takes {1000 * statistics.median(of_base):,.0f} ms and "
         f"{arguments.batch * base_cost / 1e9:.1f} GFLOP.\n"
     )
     print(table(("option", "time", "FLOPs"), rows))

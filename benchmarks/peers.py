@@ -1,8 +1,8 @@
 """The masked autoencoder as others compute it, with our weights and our masks.
 
-`Official` is the order of computation of facebookresearch/mae, written anew: embed all patches, then
-mask; the decoder runs on all tokens in their places; all patches are predicted; the loss averages
-over the masked ones. The others are the packages' own modules.
+`Official` is the order of computation of facebookresearch/mae, written anew: embed all patches,
+then mask; the decoder runs on all tokens in their places; all patches are predicted; the loss
+averages over the masked ones. The others are the packages' own modules.
 """
 
 import copy

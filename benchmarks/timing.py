@@ -1,4 +1,4 @@
-"""CPU time of things side by side: interleaved, so that neighbours on the machine slow all alike."""
+"""CPU time of things side by side, interleaved: neighbours on the machine slow all alike."""
 
 import statistics
 import sys

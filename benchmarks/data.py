@@ -31,7 +31,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
 from benchmarks.photographs import make_jpegs
-from benchmarks.timing import progress
+from benchmarks.timing import positive, progress
 from maepretrain.data.images import UNIFORMS, Augment, decode
 from maepretrain.data.module import ShardData
 from maepretrain.data.write import find_source, write_shards
@@ -234,9 +234,11 @@ def main(argv: list[str]) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks data", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/maepretrain-bench"))
-    parser.add_argument("--images", type=int, default=2000, help="JPEGs that are made")
-    parser.add_argument("--read", type=int, default=512, help="images of each pipeline in a round")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=positive, default=2000, help="JPEGs that are made")
+    parser.add_argument(
+        "--read", type=positive, default=512, help="images of each pipeline in a round"
+    )
+    parser.add_argument("--rounds", type=positive, default=7)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     folder, shards = arguments.folder / "jpeg", arguments.folder / "shards"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.timing import cpu_seconds, interleaved, progress, table
+from benchmarks.timing import cpu_seconds, interleaved, positive, progress, table
 from maepretrain.models.mae import MaskedAutoencoder
 
 # (name, arguments of MaskedAutoencoder, batch)
@@ -97,7 +97,7 @@ class Rate:
 def main(argv: list[str]) -> None:
     """Print a table for each size."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks gemm", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=positive, default=9)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     for name, sizes, batch in SIZES:

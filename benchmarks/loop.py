@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import cProfile
 import io
-import os
 import pstats
 import statistics
 import sys
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.photographs import make_jpegs
-from benchmarks.timing import progress, table
+from benchmarks.timing import positive, progress, table, workers_seconds
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch
 from maepretrain.data.write import find_source, write_shards
@@ -35,19 +34,7 @@ from maepretrain.optim import Optimization
 from maepretrain.pretrain import Pretrain, pretrain
 
 GOAL = 0.05
-TICK = os.sysconf("SC_CLK_TCK")
 Way = Callable[[MaskedAutoencoder, int], object]
-
-
-def workers_seconds() -> float:
-    """CPU time of this process's children that still run; Linux only."""
-    total = 0.0
-    for task in Path("/proc/self/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            with contextlib.suppress(OSError):  # ended meanwhile
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                total += (int(fields[11]) + int(fields[12])) / TICK
-    return total
 
 
 class Clock:
@@ -216,12 +203,14 @@ def main(argv: list[str]) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks loop", description=__doc__)
     parser.add_argument("--encoder", default="vit_tiny_patch16_224")
-    parser.add_argument("--decoder-width", type=int, default=128)
-    parser.add_argument("--decoder-depth", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--images", type=int, default=512, help="JPEGs that are made")
-    parser.add_argument("--steps", type=int, default=12, help="steps of each way in a round")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--decoder-width", type=positive, default=128)
+    parser.add_argument("--decoder-depth", type=positive, default=4)
+    parser.add_argument("--batch", type=positive, default=16)
+    parser.add_argument("--images", type=positive, default=512, help="JPEGs that are made")
+    parser.add_argument(
+        "--steps", type=positive, default=12, help="of each way in a round, 3 or more"
+    )
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--profile", action="store_true", help="Python functions outside the step")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import interleaved, progress, ratio, table
+from benchmarks.timing import interleaved, positive, progress, ratio, table
 from maepretrain.flops import flops
 from maepretrain.models.mae import MaskedAutoencoder
 
@@ -64,8 +64,8 @@ def main(argv: list[str]) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks options", description=__doc__)
     parser.add_argument("--encoder", default="vit_base_patch16_224")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=positive, default=4)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--compile", action="store_true", help="torch.compile too: minutes")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)

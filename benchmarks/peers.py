@@ -10,6 +10,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -106,7 +107,7 @@ class Official(nn.Module):
     def _patches(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n v"]:
         """All pixels, patch by patch, channels last."""
         b, c, h, w = images.shape
-        p = self.patch_embed.patch_size[0]
+        p = round((h * w / self.patch_embed.num_patches) ** 0.5)
         blocks = images.reshape(b, c, h // p, p, w // p, p)
         return torch.einsum("bcrpsq->brspqc", blocks).reshape(b, -1, p * p * c)
 
@@ -145,18 +146,16 @@ def hugging_face(model: MaskedAutoencoder) -> Side:
 
 def lightly(model: MaskedAutoencoder) -> Side:
     """lightly's MAE example, of its own modules."""
-    from lightly.models import utils
-    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
-
+    modules, utils = map(import_module, ("lightly.models.modules", "lightly.models.utils"))
     sizes = hugging_face_config(model)
     # It would draw the weights anew.
     skip = {"weight_initialization": "skip", "pos_embed_initialization": "skip"}
-    backbone: Any = MaskedVisionTransformerTIMM(_timm(model), **skip)
+    backbone = modules.MaskedVisionTransformerTIMM(_timm(model), **skip)
     backbone.mask_token.requires_grad_(False)  # not used by this method
     n, p = backbone.sequence_length - 1, model.patch_size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they rename this class
-        decoder = MAEDecoderTIMM(
+        decoder = modules.MAEDecoderTIMM(
             num_patches=n,
             patch_size=p,
             in_chans=model.channels,
@@ -189,14 +188,10 @@ def lightly(model: MaskedAutoencoder) -> Side:
 def stable_pretraining(model: MaskedAutoencoder) -> Side:
     """stable-pretraining's MAE. Its decoder leaves the class token out, so that its loss is that of
     `Official(model, decode_class_token=False)`; its eps of LayerNorm, 1e-5, is set to ours."""
-    from loguru import logger
-
-    logger.disable("stable_pretraining")
-    from stable_pretraining.methods import MAE
-
+    import_module("loguru").logger.disable("stable_pretraining")
     sizes = hugging_face_config(model)
     masking = _GivenMask(model.visible)
-    module: Any = MAE(
+    module = import_module("stable_pretraining.methods").MAE(
         _timm(model),
         decoder_embed_dim=sizes["decoder_hidden_size"],
         decoder_depth=sizes["decoder_num_hidden_layers"],
@@ -245,12 +240,11 @@ class _GivenMask(nn.Module):
         self.noise = torch.empty(0)
 
     def forward(self, x: Tensor, grid_h: int, grid_w: int) -> Any:
-        from stable_pretraining.backbone.patch_masking import MaskingOutput
-
         order = self.noise.argsort(1)
         places, keep = order.argsort(1), order[:, : self.visible]
         visible = x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
-        return MaskingOutput(visible, (places >= self.visible).float(), places, keep)
+        output = import_module("stable_pretraining.backbone.patch_masking").MaskingOutput
+        return output(visible, (places >= self.visible).float(), places, keep)
 
 
 def _timm(model: MaskedAutoencoder) -> Any:

@@ -1,8 +1,9 @@
-"""How the input scales: images per second against workers and against the number of shards, and the
-memory of loader workers over 10,000 batches.
+"""How the input scales: images per second against workers and against the number of shards, and
+the memory of loader workers over 10,000 batches.
 
-Images and workers are timed by the clock, in turns, since several processes work; medians. Memory is
-what the system counts as resident in a worker (Linux only).
+Several processes work, so images per second are by the clock, which neighbours on the machine
+disturb; CPU time of all of them per image stands beside. They take turns; medians. Memory is what
+the system counts as resident in a worker, with what it shares with its parent (Linux only).
 """
 
 import argparse
@@ -15,8 +16,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from benchmarks.photographs import make_jpegs
-from benchmarks.timing import progress, table
+from benchmarks.timing import positive, progress, table, workers_seconds
 from maepretrain.data.module import ShardData
 from maepretrain.data.write import find_source, write_shards
 
@@ -34,37 +37,58 @@ def write(jpegs: Path, shards: Path, number: int) -> str:
     return f"{shards}/train-*.tar"
 
 
-def reading(pattern: str, workers: int, batch: int, side: int, steps: int) -> Callable[[], float]:
-    """A call that reads batches and returns images per second, the first few batches left out: in
-    them workers start."""
+def reading(
+    pattern: str, workers: int, batch: int, side: int, steps: int
+) -> Callable[[], tuple[float, float]]:
+    """A call that reads batches and returns images per second and microseconds of CPU per image,
+    the first few batches left out: in them workers start."""
 
-    def run() -> float:
+    def spent() -> float:
+        return time.process_time() + workers_seconds()
+
+    def run() -> tuple[float, float]:
         data = ShardData(pattern, global_batch=batch, image_size=side, num_workers=workers)
         start = 2 * workers + 1
         data.plan(steps + start, 1, 1)
-        begin = 0.0
+        begin = cpu = end = 0.0
         for number, _ in enumerate(data.train_dataloader()):
             if number + 1 == start:
-                begin = time.perf_counter()
-        return steps * batch / (time.perf_counter() - begin)
+                begin, cpu = time.perf_counter(), spent()
+            if number + 1 == start + steps:  # workers are still there to be asked
+                end, cpu = time.perf_counter(), spent() - cpu
+        return steps * batch / (end - begin), 1e6 * cpu / (steps * batch)
 
     return run
 
 
-def rates(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of what each call returns; they take turns.
+def rates(
+    calls: dict[str, Callable[[], tuple[float, float]]], rounds: int
+) -> dict[str, list[float]]:
+    """The medians of what each call returns; they take turns.
 
     Raises:
         ValueError: fewer than one round.
     """
     if rounds < 1:
         raise ValueError(f"rounds {rounds} must be at least 1")
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for number in range(rounds):
         for name, call in calls.items():
             found[name].append(call())
         progress(f"round {number + 1} of {rounds}")
-    return {name: statistics.median(values) for name, values in found.items()}
+    return {
+        name: [statistics.median(column) for column in zip(*values, strict=True)]
+        for name, values in found.items()
+    }
+
+
+def rows_of(found: dict[str, list[float]]) -> list[list[str]]:
+    """Lines of a table, against the first of them."""
+    (alone, alone_cpu), *_ = found.values()
+    return [
+        [name, f"{rate:,.0f}", f"{rate / alone:.2f}", f"{cpu:,.0f}", f"{cpu / alone_cpu:.2f}"]
+        for name, (rate, cpu) in found.items()
+    ]
 
 
 def resident(pid: int) -> float:
@@ -104,12 +128,13 @@ def quarters(samples: list[float]) -> tuple[float, float]:
 def main(argv: list[str]) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks scaling", description=__doc__)
-    parser.add_argument("--images", type=int, default=1024, help="JPEGs that are made")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=16, help="batches of each in a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=10_000, help="of the run for memory")
+    parser.add_argument("--images", type=positive, default=1024, help="JPEGs that are made")
+    parser.add_argument("--batch", type=positive, default=32)
+    parser.add_argument("--steps", type=positive, default=16, help="batches of each in a round")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--batches", type=positive, default=10_000, help="of the run for memory")
     arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         folder = Path(name)
         make_jpegs(folder / "jpeg", arguments.images)
@@ -117,7 +142,8 @@ def main(argv: list[str]) -> None:
         how = (arguments.batch, 224, arguments.steps)
         by_workers = {f"{n}": reading(shards[SHARDS[1]], n, *how) for n in WORKERS}
         by_shards = {f"{n}": reading(pattern, 0, *how) for n, pattern in shards.items()}
-        found = rates({f"w{k}": v for k, v in by_workers.items()} | by_shards, arguments.rounds)
+        with_workers = rates(by_workers, arguments.rounds)
+        with_shards = rates(by_shards, arguments.rounds)
         make_jpegs(folder / "small", 2000, (32, 24))
         small = write(folder / "small", folder / "small-shards", 8)
         samples = memory(small, max(WORKERS), 8, 32, arguments.batches)
@@ -126,13 +152,10 @@ def main(argv: list[str]) -> None:
         f"{arguments.rounds} rounds of {arguments.steps} batches; one thread each; the training "
         f"process does nothing else. Workers on {SHARDS[1]} shards:\n"
     )
-    alone = found["w0"]
-    rows = [(n, f"{found[f'w{n}']:,.0f}", f"{found[f'w{n}'] / alone:.2f}") for n in WORKERS]
-    print(table(("workers", "images/s", "x"), rows))
+    titles = ("images/s", "x", "CPU µs/image", "x")
+    print(table(("workers", *titles), rows_of(with_workers)))
     print(f"\nThe same {arguments.images:,} images in more shards, no worker:\n")
-    alone = found[f"{SHARDS[0]}"]
-    rows = [(n, f"{found[f'{n}']:,.0f}", f"{found[f'{n}'] / alone:.2f}") for n in SHARDS]
-    print(table(("shards", "images/s", "x"), rows))
+    print(table(("shards", *titles), rows_of(with_shards)))
     means = [quarters(one) for one in samples.values()]
     rows = [
         (number + 1, f"{early:.1f}", f"{late:.1f}", f"{100 * (late / early - 1):+.2f} %")

@@ -8,6 +8,7 @@ import argparse
 import gc
 import statistics
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.gemm import SIZES, Rate
 from benchmarks.peers import Official, Side, available, ours
-from benchmarks.timing import Times, cpu_seconds, progress, ratio, table
+from benchmarks.timing import Times, cpu_seconds, positive, progress, ratio, table
 from maepretrain.flops import flops
 from maepretrain.models.mae import MaskedAutoencoder
 
@@ -67,7 +68,9 @@ class Step:
         self.optimizer.zero_grad()
 
 
-def measure(steps: dict[str, Step], rate: Rate, rounds: int) -> tuple[dict[str, Times], float]:
+def measure(
+    steps: dict[str, Step], rate: Callable[[], float], rounds: int
+) -> tuple[dict[str, Times], float]:
     """CPU seconds of each side in each round: "compute", "fused" and "loop" (AdamW); and the median
     rate of products, which is measured in each round as well.
 
@@ -93,7 +96,7 @@ def measure(steps: dict[str, Step], rate: Rate, rounds: int) -> tuple[dict[str, 
             step.clear()
             for kind, value in seconds.items() if number >= 0 else ():
                 times[kind][name].append(value)
-        rates.append(rate.measure())
+        rates.append(rate())
         progress(f"round {number + 1} of {rounds}")
     return times, statistics.median(rates[1:])
 
@@ -166,7 +169,7 @@ def compare(name: str, sizes: dict[str, Any], batch: int, rounds: int) -> str:
             raise ValueError(f"{name}: the loss of {peer} differs from ours by {difference:.1e}")
     lean = batch * flops(model, {"input": images}).training
     steps = {side: Step(sides[side], images, noise) for side in sides}
-    times, rate = measure(steps, Rate(model, batch), rounds)
+    times, rate = measure(steps, Rate(model, batch).measure, rounds)
     parts = [
         f"### {name}, batch {batch}",
         f"{lean / 1e9:.1f} GFLOP a step, products at {rate / 1e9:.1f} GFLOP/s. Losses differ from "
@@ -194,7 +197,7 @@ def versions() -> str:
 def main(argv: list[str]) -> None:
     """Print two tables for each size."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks step", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=positive, default=9)
     names = [name for name, _, _ in SIZES]
     parser.add_argument("--sizes", nargs="+", choices=names, default=names)
     arguments = parser.parse_args(argv)

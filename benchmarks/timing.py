@@ -1,11 +1,22 @@
 """CPU time of things side by side, interleaved: neighbours on the machine slow all alike."""
 
+import argparse
+import contextlib
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 Times = dict[str, list[float]]
+
+
+def positive(text: str) -> int:
+    """An argument of a command line."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
 
 
 def cpu_seconds(function: Callable[[], object]) -> float:
@@ -13,6 +24,17 @@ def cpu_seconds(function: Callable[[], object]) -> float:
     begin = time.process_time()
     function()
     return time.process_time() - begin
+
+
+def workers_seconds() -> float:
+    """CPU time of this process's children that still run; Linux only."""
+    total, tick = 0.0, os.sysconf("SC_CLK_TCK")
+    for task in Path("/proc/self/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            with contextlib.suppress(OSError):  # ended meanwhile
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                total += (int(fields[11]) + int(fields[12])) / tick
+    return total
 
 
 def interleaved(

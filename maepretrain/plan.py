@@ -94,7 +94,7 @@ DEVICES = {
     "h200": (989.0, 67.0),
     "b200": (2250.0, 80.0),
 }
-# CPU seconds of one image in benchmarks/data.md (JPEG, 500 x 375 to 224): 1 / 699 with one crop,
+# CPU seconds of one image in benchmarks/RESULTS.md (JPEG, 500 x 375 to 224): 1 / 699 with one crop,
 # 1 / 1169 a crop with two.
 DECODE_SECONDS, CROP_SECONDS = 1150e-6, 281e-6
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

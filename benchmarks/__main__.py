@@ -16,13 +16,17 @@ import subprocess
 import sys
 import time
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+
+from maepretrain.files import replacing
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
 # In the order of the file. Those that take hours run only when they are named.
 NAMES = ("step", "gemm", "options", "loop", "data", "scaling", "order", "engines")
 HOURS = ("accuracy",)
+NEEDS = {"data": ("litdata", "skimage"), "loop": ("skimage",), "scaling": ("skimage",)}
 PACKAGES = ("torch", "torchvision", "timm", "lightning")
 TITLE = """# Results of the benchmarks
 
@@ -85,6 +89,10 @@ def with_section(text: str, name: str, body: str) -> str:
 
 def run(name: str, argv: list[str]) -> str | None:
     """What a benchmark prints, in a process of its own; None where it fails."""
+    missing = [one for one in NEEDS.get(name, ()) if find_spec(one) is None]
+    if missing:
+        print(f"{name} needs {', '.join(missing)}: pip install -e '.[bench]'", file=sys.stderr)
+        return None
     done = subprocess.run(
         command(name, argv), cwd=HERE.parent, stdout=subprocess.PIPE, text=True, check=False
     )
@@ -121,13 +129,18 @@ def main(argv: list[str], results: Path = RESULTS) -> int:
     for name in names:
         print(f"{name}: {purpose(name)}", file=sys.stderr, flush=True)
         header = about(name, more)
-        printed = run(name, more)
+        try:
+            printed = run(name, more)
+        except KeyboardInterrupt:
+            print(f"stopped in {name}; what was written before it stays", file=sys.stderr)
+            return 130
         if printed is None:
             failed.append(name)
             continue
         text = results.read_text() if results.exists() else ""
         body = f"{purpose(name)}\n\n{header}\n\n{printed}"
-        results.write_text(with_section(text, name, body))
+        with replacing(results) as file:
+            file.write(with_section(text, name, body).encode())
         print(printed, flush=True)
     if failed:
         print(f"failed: {', '.join(failed)}; their sections stay as they were", file=sys.stderr)

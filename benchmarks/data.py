@@ -11,7 +11,6 @@ import io
 import os
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -31,7 +30,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
 from benchmarks.photographs import make_jpegs
-from benchmarks.timing import positive, progress
+from benchmarks.timing import entry, positive, progress
 from maepretrain.data.images import UNIFORMS, Augment, decode
 from maepretrain.data.module import ShardData
 from maepretrain.data.write import find_source, write_shards
@@ -290,4 +289,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    entry(main)

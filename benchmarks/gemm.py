@@ -6,13 +6,12 @@ forward, gradient of the input, gradient of the weight.
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.timing import cpu_seconds, interleaved, positive, progress, table
+from benchmarks.timing import cpu_seconds, entry, interleaved, positive, progress, table
 from maepretrain.models.mae import MaskedAutoencoder
 
 # (name, arguments of MaskedAutoencoder, batch)
@@ -124,4 +123,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    entry(main)

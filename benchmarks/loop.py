@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.photographs import make_jpegs
-from benchmarks.timing import positive, progress, table, workers_seconds
+from benchmarks.timing import entry, positive, progress, table, workers_seconds
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch
 from maepretrain.data.write import find_source, write_shards
@@ -148,7 +148,7 @@ def measure(
         ValueError: fewer than one round, or than three steps.
     """
     if rounds < 1 or steps < 3:
-        raise ValueError(f"rounds {rounds} must be at least 1, steps {steps} at least 3")
+        raise ValueError(f"rounds {rounds} must be at least 1, and steps {steps} at least 3")
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
     names = list(ways)
     for number in range(rounds):
@@ -266,4 +266,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    entry(main)

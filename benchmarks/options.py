@@ -9,13 +9,12 @@ import argparse
 import contextlib
 import gc
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks.timing import interleaved, positive, progress, ratio, table
+from benchmarks.timing import entry, interleaved, positive, progress, ratio, table
 from maepretrain.flops import flops
 from maepretrain.models.mae import MaskedAutoencoder
 
@@ -98,4 +97,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    entry(main)

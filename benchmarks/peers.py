@@ -273,5 +273,5 @@ def available(model: MaskedAutoencoder) -> tuple[dict[str, Side], dict[str, str]
         try:
             sides[name] = make(copy.deepcopy(model))
         except ImportError as error:
-            missing[name] = f"{error}"
+            missing[name] = f"{error} (the extra `peers` has it)"
     return sides, missing

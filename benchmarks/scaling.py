@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.photographs import make_jpegs
-from benchmarks.timing import positive, progress, table, workers_seconds
+from benchmarks.timing import entry, positive, progress, table, workers_seconds
 from maepretrain.data.module import ShardData
 from maepretrain.data.write import find_source, write_shards
 
@@ -134,6 +134,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--batches", type=positive, default=10_000, help="of the run for memory")
     arguments = parser.parse_args(argv)
+    if arguments.batches < 4:
+        raise ValueError(f"batches {arguments.batches} are no four quarters")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         folder = Path(name)
@@ -171,4 +173,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    entry(main)

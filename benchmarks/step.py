@@ -7,7 +7,6 @@ One thread, fp32, CPU time, interleaved, medians. Losses are compared before any
 import argparse
 import gc
 import statistics
-import sys
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.gemm import SIZES, Rate
 from benchmarks.peers import Official, Side, available, ours
-from benchmarks.timing import Times, cpu_seconds, positive, progress, ratio, table
+from benchmarks.timing import Times, cpu_seconds, entry, positive, progress, ratio, table
 from maepretrain.flops import flops
 from maepretrain.models.mae import MaskedAutoencoder
 
@@ -220,4 +219,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    entry(main)

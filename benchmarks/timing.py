@@ -19,6 +19,15 @@ def positive(text: str) -> int:
     return number
 
 
+def entry(main: Callable[[list[str]], None]) -> None:
+    """Run a benchmark as a program: a mistake is one line and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        progress(f"error: {error}")
+        sys.exit(2)
+
+
 def cpu_seconds(function: Callable[[], object]) -> float:
     """Process CPU time of a call."""
     begin = time.process_time()

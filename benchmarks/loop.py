@@ -78,10 +78,11 @@ class Clock:
         step, in which memory is taken and workers fill their queue, is left out."""
         for hook in self._hooks:
             hook.remove()
-        steps = len(self.begins) - 2
-        workers = (self.workers[-1] - self.workers[1]) / steps
-        step = (self.begins[-1] - self.begins[1]) / steps
-        return step + workers, statistics.mean(self.outside[2:]) + workers, workers
+        # A worker is two batches ahead: in the last two steps it has no more to do.
+        steps = len(self.begins) - 4
+        workers = (self.workers[-3] - self.workers[1]) / steps
+        step = (self.begins[-3] - self.begins[1]) / steps
+        return step + workers, statistics.mean(self.outside[2:-2]) + workers, workers
 
 
 def bare(data: ShardData, batches: Callable[[int], Iterable[Batch]]) -> Way:
@@ -145,10 +146,10 @@ def measure(
     """For each way and round (seconds of a step, of them outside, of them in workers).
 
     Raises:
-        ValueError: fewer than one round, or than three steps.
+        ValueError: fewer than one round, or than five steps.
     """
-    if rounds < 1 or steps < 3:
-        raise ValueError(f"rounds {rounds} must be at least 1, and steps {steps} at least 3")
+    if rounds < 1 or steps < 5:
+        raise ValueError(f"rounds {rounds} must be at least 1, and steps {steps} at least 5")
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
     names = list(ways)
     for number in range(rounds):
@@ -208,7 +209,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch", type=positive, default=16)
     parser.add_argument("--images", type=positive, default=512, help="JPEGs that are made")
     parser.add_argument(
-        "--steps", type=positive, default=12, help="of each way in a round, 3 or more"
+        "--steps", type=positive, default=12, help="of each way in a round, 5 or more"
     )
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--profile", action="store_true", help="Python functions outside the step")

@@ -1,11 +1,9 @@
 """The input pipeline side by side with others: CPU time per image, to 224 x 224, one thread.
 
-    pip install -e '.[bench]' && python benchmarks/data.py --out benchmarks/data.md
-
 Makes 2,000 JPEGs of 500 x 375 from real photographs (scikit-image's and scikit-learn's), packs them
 for each pipeline, and reads the same number of images through each of them in turn, several times.
 What is compared is the median over the rounds of process CPU time, which neighbours on the machine
-disturb less than the clock; the ratios are within a round.
+disturb less than the clock; the ratios are within a round. Needs the extra `bench`.
 """
 
 import argparse
@@ -22,29 +20,23 @@ from typing import Any, cast
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
-import skimage
 import torch
 import webdataset
 from litdata import StreamingDataset, optimize
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
+from benchmarks.photographs import make_jpegs
+from benchmarks.timing import entry, positive, progress
 from maepretrain.data.images import UNIFORMS, Augment, decode
 from maepretrain.data.module import ShardData
 from maepretrain.data.write import find_source, write_shards
 from maepretrain.randomness import uniform
 
 BATCH, SIDE = 64, 224
-# Files come out about as large as ImageNet's (110 KB on average).
-QUALITY = 97
-PHOTOS = (
-    *("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "motorcycle_right.png"),
-    *("rocket.jpg", "retina.jpg", "hubble_deep_field.jpg", "ihc.png"),
-)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # facebookresearch/mae, main_pretrain.py: its transform, written in torchvision's terms.
 PAPER: Any = transforms.Compose(
@@ -58,32 +50,6 @@ PAPER: Any = transforms.Compose(
     ]
 )
 Pass = Callable[[int], Iterator[int]]
-
-
-def photographs() -> list[Image.Image]:
-    """Real colour photographs that two packages ship."""
-    folder = Path(skimage.__file__).parent / "data"
-    files = [Image.open(folder / name).convert("RGB") for name in PHOTOS]
-    return files + [Image.fromarray(array) for array in load_sample_images().images]
-
-
-def make_jpegs(folder: Path, number: int) -> None:
-    """Crops of the photographs, 500 x 375, in ten classes: JPEG 4:2:0 as cameras write it."""
-    if folder.exists() and sum(1 for _ in folder.rglob("*.jpg")) == number:
-        return
-    random, photos = np.random.default_rng(0), photographs()
-    for i in range(number):
-        photo = photos[i % len(photos)]
-        share = random.uniform(0.75, 1.0) * min(photo.width / 4, photo.height / 3)
-        w, h = round(4 * share), round(3 * share)
-        left = int(random.integers(0, photo.width - w + 1))
-        top = int(random.integers(0, photo.height - h + 1))
-        image = photo.resize((500, 375), Image.Resampling.LANCZOS, (left, top, left + w, top + h))
-        if random.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        path = folder / str(i % 10) / f"{i:05d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, quality=QUALITY)
 
 
 def ours(shards: str, crops: int = 1) -> Pass:
@@ -263,16 +229,16 @@ def table(rows: dict[str, list[float]], base: str) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+def main(argv: list[str]) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks data", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/maepretrain-bench"))
-    parser.add_argument("--images", type=int, default=2000, help="JPEGs that are made")
-    parser.add_argument("--read", type=int, default=512, help="images of each pipeline in a round")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="Markdown with the results")
-    arguments = parser.parse_args()
+    parser.add_argument("--images", type=positive, default=2000, help="JPEGs that are made")
+    parser.add_argument(
+        "--read", type=positive, default=512, help="images of each pipeline in a round"
+    )
+    parser.add_argument("--rounds", type=positive, default=7)
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     folder, shards = arguments.folder / "jpeg", arguments.folder / "shards"
     make_jpegs(folder, arguments.images)
@@ -302,31 +268,25 @@ def main() -> None:
     for number in range(arguments.rounds):
         for name, one_pass in passes.items():
             rows[name].append(cpu_microseconds(one_pass, arguments.read))
-        print(f"round {number + 1} of {arguments.rounds}", flush=True)
+        progress(f"round {number + 1} of {arguments.rounds}")
     costs = [overhead(full, arguments.read) for _ in range(arguments.rounds)]
     cost, (decibels, difference) = 100 * statistics.median(costs), psnr(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*.jpg")) / arguments.images
-    text = f"""# Input pipelines side by side
-
-`python benchmarks/data.py --out benchmarks/data.md`, {time.strftime("%Y-%m-%d")}:
-{arguments.images:,} JPEGs of 500 x 375 (mean {size / 1000:.0f} KB), random resized crop to {SIDE},
-one thread, median CPU time of {arguments.rounds} interleaved rounds of {arguments.read} images.
-"x" is the speed against the first row, the median of the rounds' ratios.
-
-{table(rows, reference)}
-
-The loader costs {cost:.1f} % on top of decode and crop: order, reads, batches.
-Our pixels against torchvision's on PIL images at the same crops: PSNR {decibels:.1f} dB (median),
-mean absolute difference {difference:.3f} of 255. The PIL rows end in normalised float32, ours in
-uint8, which is normalised on the device. Several crops of an image and smaller images change what
-is trained on: those rows are no like-for-like comparison. torch {torch.__version__},
-webdataset {metadata.version("webdataset")}, litdata {metadata.version("litdata")}.
-"""
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text)
+    print(
+        f"{arguments.images:,} JPEGs of 500 x 375 (mean {size / 1000:.0f} KB), random resized crop "
+        f"to {SIDE}, one thread, median CPU time of {arguments.rounds} interleaved rounds of "
+        f'{arguments.read} images. "x" is the speed against the first row, the median of the '
+        f"rounds' ratios. webdataset {metadata.version('webdataset')}, litdata "
+        f"{metadata.version('litdata')}.\n\n{table(rows, reference)}\n\n"
+        f"The loader costs {cost:.1f} % on top of decode and crop: order, reads, batches. Our "
+        f"pixels against torchvision's on PIL images at the same crops: PSNR {decibels:.1f} dB "
+        f"(median), mean absolute difference {difference:.3f} of 255. The PIL rows end in "
+        "normalised float32, ours in uint8, which is normalised on the device. Several crops of an "
+        "image and smaller images change what is trained on: those rows are no like-for-like "
+        "comparison."
+    )
     shutil.rmtree(arguments.folder / "litdata-cache", ignore_errors=True)
 
 
 if __name__ == "__main__":
-    main()
+    entry(main)

@@ -1,12 +1,11 @@
 """Engines side by side: what each process holds, seconds of a step, of the start, of saving and of
 resuming, and how two processes scale.
 
-    python benchmarks/engines.py [MODEL ...]
-
 Each row is a real `maepretrain pretrain` on processes of one compute thread each, and a resume of
 it. Two images a process; on CPU the numbers are fp32, and travel by gloo.
 """
 
+import argparse
 import json
 import os
 import re
@@ -126,8 +125,11 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def main(models: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Print a table for each model."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks engines", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="timm's names of ViTs")
+    models = parser.parse_args(argv).models
     from PIL import Image
 
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
@@ -138,7 +140,9 @@ def main(models: list[str]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
         write = [sys.executable, "-m", "maepretrain", "shards", "write"]
-        subprocess.run([*write, folder / "images", folder / "shards"], check=True)
+        subprocess.run(
+            [*write, folder / "images", folder / "shards"], check=True, stdout=sys.stderr
+        )
         for model in models:
             print(f"\n{model}, decoder 512 x 8, {BATCH} images a process\n")
             titles = ("engine", "processes", "weights MiB", "optimizer MiB", "s/step", "scaling")
@@ -160,4 +164,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
         sys.argv = [sys.argv[0], *sys.argv[1:]]
         sys.exit(child(sys.argv[2:]))
-    main(sys.argv[1:] or list(MODELS))
+    main(sys.argv[1:])

@@ -1,11 +1,10 @@
 """How well the order of an epoch mixes, and what it costs to start on a huge data set.
 
-    python benchmarks/order.py
-
 The worst case: samples lie sorted by class. Each row compares batches with those of a full
 permutation of all samples, drawn by numpy, which would have every shard open all the time.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -123,8 +122,13 @@ def _make_files(folder: Path) -> None:
     os.close(at)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Print the table, then the start in a process of its own."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks order", description=__doc__)
+    parser.add_argument("part", nargs="?", choices=["huge"], help="the start alone")
+    if parser.parse_args(argv).part:
+        huge()
+        return
     torch.set_num_threads(1)
     print(f"Means over {STEPS} steps; in brackets the ratio to a full permutation.\n")
     titles = ("shards", "batch", "lanes", "block", "classes in a batch", "bits", "apart")
@@ -134,8 +138,8 @@ def main() -> None:
     for setting in SETTINGS:
         print("| " + " | ".join(row(*setting)) + " |", flush=True)
     print(flush=True)
-    subprocess.run([sys.executable, __file__, "huge"], check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.order", "huge"], check=True)
 
 
 if __name__ == "__main__":
-    huge() if sys.argv[1:] == ["huge"] else main()
+    main(sys.argv[1:])

@@ -79,7 +79,7 @@ STRATEGIES = {
 BUCKET = 50_000_000 * 4
 # fp32 numbers that an optimizer keeps for each parameter.
 STATES = {"adamw": 2, "sgd": 1, "lars": 1}
-# CPU seconds of one image in benchmarks/data.md (JPEG, 500 x 375 to 224): 1 / 699 with one crop,
+# CPU seconds of one image in benchmarks/RESULTS.md (JPEG, 500 x 375 to 224): 1 / 699 with one crop,
 # 1 / 1169 a crop with two.
 DECODE_SECONDS, CROP_SECONDS = 1150e-6, 281e-6
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

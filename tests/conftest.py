@@ -8,7 +8,8 @@ from pathlib import Path
 # Two noisy cores: more threads than one make small models slower, and bit-equality needs a fixed
 # number.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Examples are scripts, tested as modules.
+# Examples are scripts, tested as modules; benchmarks lie at the root.
+sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import pytest

@@ -324,7 +324,7 @@ def test_speed_follows_what_is_asked() -> None:
     done = (base["flops"].training + again["flops"].recomputed) / base["flops"].training
     assert again["img_per_s"] == pytest.approx(base["img_per_s"] / done)
     crops = planned([*asked, "--tflops", "100", "--data.crops_per_image", "2"])
-    # 1,169 crops a second and core with two crops of an image, in benchmarks/data.md.
+    # 1,169 crops a second and core with two crops of an image, in benchmarks/RESULTS.md.
     assert crops["cores"] == pytest.approx(base["img_per_s"] / 1169, rel=0.01)
     assert crops["steps"] == 3 * (9000 // 2048)
     own = planned([*asked, "--tflops", "100", "--decode_img_per_s", "50"])

@@ -137,7 +137,7 @@ def finetune(
     with RunFolder(run, resume, overwrite, config, ckpt_path, same_config) as folder:
         origin = f"architecture of {encoder}, from scratch" if scratch else f"encoder {encoder}"
         what = f"{count} classes" if table is None else f"{task} of {count}"
-        say(f"classifier    {what}, {len(data.index):,} labelled images, {origin}")
+        module.tell({"classifier": f"{what}, {len(data.index):,} labelled images, {origin}"})
         last = LastCheckpoint(folder, checkpoint_every_steps, checkpoint_every_minutes)
         ended, engine = fit(module, data, arguments, folder, [guard], last)
         if ended and data.val_index is not None:

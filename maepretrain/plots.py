@@ -2,7 +2,7 @@
 
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -193,7 +193,11 @@ def curve_panel(lines: list[Line], marks: list[tuple[int, str]], log: bool) -> b
     Returns:
         The file.
     """
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "maepretrain", "text.color": INK}
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "maepretrain",
+        "text.color": INK,
+    }
     settings |= {"axes.edgecolor": INK, "axes.labelcolor": INK}
     settings |= {"xtick.color": INK, "ytick.color": INK, "font.size": 9}
     with matplotlib.rc_context(settings):
@@ -224,7 +228,7 @@ def curve_panel(lines: list[Line], marks: list[tuple[int, str]], log: bool) -> b
     return head + STYLE + defs + rest
 
 
-def _number(x: float, _: int) -> str:
+def _number(x: float, _: object) -> str:
     """7,000 and 0.003; what is far from 1 with its power of ten."""
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
 
@@ -236,7 +240,8 @@ def _thinned(line: Line) -> tuple[np.ndarray, np.ndarray]:
     parts = np.array_split(np.arange(len(steps)), min(CURVE_POINTS, len(steps)))
     if len(parts) == len(steps):
         return steps, values
-    return tuple(np.array([of[part].mean() for part in parts]) for of in (steps, values))
+    means = [np.array([of[part].mean() for part in parts]) for of in (steps, values)]
+    return means[0], means[1]
 
 
 def _show(ax: Axes, image: Float[Tensor, "c h w"]) -> None:

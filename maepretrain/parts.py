@@ -132,7 +132,8 @@ def summary(records: list[Record]) -> Table:
         given = {k: v for k, v in (model.get("init_args") or {}).items() if v is not None}
         facts = {
             "State": state["state"],
-            "Step": f"{state['step']} (epoch {state['epoch']})",
+            "Step": state["step"],
+            "Epoch": state["epoch"],
             "Model": model_name(record),
             "Its arguments": ", ".join(f"{k} {_value(v)}" for k, v in given.items()),
             "Trained on": record.applied.get("data", data_of(record)),

@@ -390,7 +390,7 @@ def features_of(
     assert data.val_index is not None
     labels = data.val_index.require_labels("a map")
     numbers = (labels >= 0).nonzero().flatten()
-    numbers = numbers[:: max(1, -(-len(numbers) // images))]
+    numbers = numbers[:: max(1, -(-len(numbers) // images))].contiguous()
     if len(numbers) < 3:
         raise ValueError(f"a map needs three labelled images, there are {len(numbers)}")
     model: Any = load_encoder(encoder, data).eval()

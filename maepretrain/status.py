@@ -31,6 +31,7 @@ import platform
 import shlex
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,10 @@ def write_start(run: Path, anew: bool, **about: Any) -> None:
         start["command"] = shlex.join(["maepretrain", *sys.argv[1:]])
     if "SLURM_JOB_ID" in os.environ:
         start["job"] = os.environ["SLURM_JOB_ID"]
-    starts = [] if anew else read_starts(run)
+    starts: list[dict[str, Any]] = []
+    if not anew:
+        with suppress(ValueError):  # a damaged list must not keep a run from going on
+            starts = read_starts(run)
     with replacing(run / STARTS) as file:
         file.write(json.dumps([*starts, start | about], indent=1).encode() + b"\n")
 

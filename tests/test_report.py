@@ -97,7 +97,7 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     pretrained, tuned = folder / "pretrained", folder / "tuned"
     argv = ["pretrain", "-c", "mae/digits", *data, "--run", pretrained, *TINY]
     argv += ["--trainer.check_val_every_n_epoch", 1, "--trainer.max_steps"]
-    sweep = ["--sweep.epochs", 3, "--sweep.lrs", "[0.1]", "--sweep.penalties", "[1.0]"]
+    sweep = ["--sweep.min_steps", 9, "--sweep.choose_on_samples", 1, "--sweep.lrs", "[0.1]"]
     finetune = [*data, "--data.image_size", 16, "--data.global_batch", 24, "--run", tuned]
     finetune += ["--data.num_workers", 0, "--trainer.max_epochs", 2]
     for command in (

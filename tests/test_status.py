@@ -90,6 +90,8 @@ def test_starts_are_added_until_the_run_is_made_anew(
     (tmp_path / "starts.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"starts\.json is no list of starts"):
         read_starts(tmp_path)
+    write_start(tmp_path, False, step=50)
+    assert [start["step"] for start in read_starts(tmp_path)] == [50]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from types import FrameType
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import torch
+from jaxtyping import UInt8
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
@@ -379,11 +381,16 @@ class ReconstructionGrid(L.Callback):
         rows = [module.normalise.undo(row.float()).cpu() for row in shown]
         path = self.folder / f"step-{trainer.global_step:08d}.png"
         picture = reconstruction_grid(rows, list(type(shown)._fields), path)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(
-                    "reconstruction", picture, trainer.global_step, dataformats="HWC"
-                )
+        show_in_tensorboard(trainer, "reconstruction", picture)
+
+
+def show_in_tensorboard(trainer: L.Trainer, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+    """A picture beside the scalars of the last step."""
+    # Under the number of steps before it, as they are: a resume drops what has a later one.
+    step = trainer.global_step - 1
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, picture, step, dataformats="HWC")
 
 
 class LiveEvaluation(L.Callback):

@@ -185,7 +185,7 @@ def _described(records: list[Record], name: str) -> str:
         for held_out, column in enumerate((name, f"val_{name}"))
         if (points := record.metrics.get(column, []))
     ]
-    return plain(f"{_title(name)} by step. {'; '.join(said)}.")
+    return plain(f"{_title(name)} by step: {'; '.join(said)}.")
 
 
 def _title(name: str) -> str:

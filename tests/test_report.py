@@ -202,6 +202,29 @@ def test_curves_are_those_of_the_metrics(runs: dict[str, Path]) -> None:
     assert len(found["grad_norm"]) == 12
 
 
+def test_tensorboard_shows_the_same_scalars_and_pictures(runs: dict[str, Path]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for run, pictures in (
+        ("pretrained", {"reconstruction": {6: "step-00000006", 12: "step-00000012"}}),
+        ("tuned", {"finetune-confusion": {12: "finetune-confusion"}}),
+    ):
+        events = EventAccumulator(str(runs[run]), size_guidance={"scalars": 0, "images": 0})
+        events.Reload()
+        metrics = read_metrics(runs[run] / "metrics.csv")
+        assert set(metrics) <= set(events.Tags()["scalars"]) and "grad_norm" in metrics
+        for name, values in metrics.items():
+            shown = {event.step + 1: event.value for event in events.Scalars(name)}
+            assert shown == pytest.approx(dict(values), rel=1e-5), name
+        for name, files in pictures.items():
+            images = events.Images(name)
+            assert [event.step + 1 for event in images] == [*files]
+            for event, file in zip(images, files.values(), strict=True):
+                drawn = Image.open(runs[run] / "pictures" / f"{file}.png").convert("RGB")
+                live = Image.open(BytesIO(event.encoded_image_string))
+                assert live.tobytes() == drawn.tobytes()
+
+
 def points(svg: bytes, colour: str) -> list[tuple[float, float]]:
     """Where a curve of this colour goes, from SVG's own path."""
     tree = ElementTree.fromstring(svg)
@@ -245,7 +268,7 @@ def test_every_state_and_an_old_folder(tmp_path: Path, state: str) -> None:
     ):
         assert line in shown.text, line
     assert [image["alt"] for image in shown.images] == [
-        f"Loss by step. {run}, training: 0.5 at step 5, 0.2 at step 10, between 0.2 and 0.5."
+        f"Loss by step: {run}, training: 0.5 at step 5, 0.2 at step 10, between 0.2 and 0.5."
     ]
 
 

@@ -48,8 +48,8 @@ class Code(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture as a data URI; `shape` is how the page lays it out: as a "curve", on "paper", or on
-    "wide paper"."""
+    """A picture as a data URI; `shape` is how the page lays it out: as a "curve", on "paper", on
+    "wide paper" or on the "paper" of a "grid"."""
 
     uri: str
     alt: str
@@ -206,7 +206,7 @@ def evaluations(records: list[Record], folders: list[Path] = []) -> list[Part]: 
             said = [f"{name}: {row['recipe']}" for name, row in rows if "recipe" in row]
             parts += [Code("What was chosen", plain("\n".join(said), "\n"), True)] if said else []
     if not parts:
-        return [Text("No evaluation yet: `maepretrain probe --encoder RUN` makes one.")]
+        return [Text("No evaluation yet: maepretrain probe --encoder RUN makes one.")]
     return [Text("Mean ± standard deviation over seeds, where there are several."), *parts]
 
 

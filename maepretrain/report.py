@@ -235,7 +235,8 @@ def reconstructions(records: list[Record]) -> list[Part]:
             step = grid.stem.removeprefix("step-").lstrip("0") or "0"
             alt = f"Reconstructions of held-out images by {record.name} after step {step}"
             shown.append(picture(grid, alt, f"step {int(step):,}" if step.isdigit() else step))
-        columns.append(Figures(record.name, [p for p in shown if p is not None]))
+        large = [p._replace(shape="paper grid") for p in shown if p is not None]
+        columns.append(Figures(record.name, large))
     return _side_by_side(columns, "No reconstructions yet, they are drawn at each validation")
 
 

@@ -13,10 +13,13 @@ from types import FrameType
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import torch
+from jaxtyping import UInt8
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch, ShardIndex
@@ -73,8 +76,8 @@ class LastCheckpoint(L.Callback):
         self._saved, self._saved_at = -1, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.folder.begin()
         module = cast(Any, pl_module)
+        self.folder.begin(trainer.global_step, module.applied)
         about = {"steps": trainer.max_steps, "steps_per_epoch": module.steps_per_epoch}
         self.folder.mark(**about, global_batch=module.global_batch)
         self._saved, self._saved_at = trainer.global_step, time.monotonic()
@@ -175,6 +178,45 @@ class LastCheckpoint(L.Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+class GradientNorm(L.Callback):
+    """Logs `grad_norm`, the Euclidean norm of all gradients before they are clipped, at the steps
+    that are logged; left out where an engine does not know it."""
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if hasattr(trainer.model, "get_global_grad_norm") or not self._is_logged(trainer):
+            return
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # ranks meet
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            norm = norm / scaler.get_scale()  # a fused optimizer takes the scale out itself
+        pl_module.log("grad_norm", norm)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """DeepSpeed divides gradients, and tells their norm after the step."""
+        last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if last and hasattr(trainer.model, "get_global_grad_norm") and self._is_logged(trainer):
+            norm = cast(Any, trainer.model).get_global_grad_norm()
+            if norm is not None:
+                pl_module.log("grad_norm", float(norm))
+
+    def _is_logged(self, trainer: L.Trainer) -> bool:
+        # Lightning's own question, which no public name answers.
+        return cast(Any, trainer)._logger_connector.should_update_logs
 
 
 class Throughput(L.Callback):
@@ -355,11 +397,16 @@ class ReconstructionGrid(L.Callback):
         rows = [module.normalise.undo(row.float()).cpu() for row in shown]
         path = self.folder / f"step-{trainer.global_step:08d}.png"
         picture = reconstruction_grid(rows, list(type(shown)._fields), path)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(
-                    "reconstruction", picture, trainer.global_step, dataformats="HWC"
-                )
+        show_in_tensorboard(trainer, "reconstruction", picture)
+
+
+def show_in_tensorboard(trainer: L.Trainer, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+    """A picture beside the scalars of the last step."""
+    # Under the number of steps before it, as they are: a resume drops what has a later one.
+    step = trainer.global_step - 1
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, picture, step, dataformats="HWC")
 
 
 class LiveEvaluation(L.Callback):

@@ -43,6 +43,7 @@ maepretrain VERB [OPTIONS]     pretrain masked autoencoders from WebDataset shar
   checkpoint consolidate RUN   one file of a run's weights, whatever engine divided them
   export --encoder RUN         the encoder for timm, Hugging Face or the official code
   status RUN...                how far runs are, from their folders alone
+  report RUN... --out PAGE     one HTML page of runs: curves, pictures, figures, configuration
 
   An encoder is a RUN folder, a file of weights, or timm:NAME.
 
@@ -211,6 +212,15 @@ def _status(argv: list[str]) -> int:
     return status(**parse(parser, argv))
 
 
+def _report(argv: list[str]) -> int:
+    from maepretrain.report import report
+
+    parser = make_parser("report", config=False)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, shown side by side")
+    parser.add_function_arguments(report, skip={"runs"})
+    return report(**parse(parser, argv))
+
+
 def _configs(argv: list[str]) -> int:
     for name in shipped_configs():
         first = (configs_folder() / f"{name}.yaml").read_text().splitlines()[0]
@@ -237,6 +247,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "checkpoint": _checkpoint,
     "export": _export,
     "status": _status,
+    "report": _report,
     "configs": _configs,
 }
 

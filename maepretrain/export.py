@@ -10,10 +10,8 @@ Each file also carries the arguments of its MaskedAutoencoder, so that `--encode
 Nothing of timm, transformers or the official code runs here; what they cannot express is refused.
 """
 
-import csv
 import json
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,10 +31,21 @@ from maepretrain.checkpoints import (
 from maepretrain.evaluate.encoders import load_encoder, run_of
 from maepretrain.files import replacing
 from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.parts import (
+    Text,
+    applied,
+    configuration,
+    environment,
+    evaluations,
+    last_values,
+    markdown,
+    summary,
+)
+from maepretrain.records import Record, read_run
+from maepretrain.status import versions
 
 Format = Literal["timm", "hf", "mae", "safetensors"]
 WEIGHTS = {"timm": "model.safetensors", "hf": "model.safetensors", "mae": "mae.pth"}
-PACKAGES = ("maepretrain", "torch", "timm", "transformers")
 
 
 def export(encoder: str, format: Format, out: Path, overwrite: bool = False) -> Path:
@@ -201,7 +210,7 @@ def model_card(
     height, width = model.encoder.patch_embed.img_size
     count = sum(p.numel() for p in model.encoder.parameters())
     library = {"timm": "timm", "hf": "transformers"}.get(format, "maepretrain")
-    parts = [
+    said = [
         f"---\nlibrary_name: {library}\npipeline_tag: image-feature-extraction\n"
         "tags: [masked-autoencoder, self-supervised]\n---",
         "# Masked autoencoder (He et al. 2021, arXiv 2111.06377)",
@@ -211,12 +220,11 @@ def model_card(
         f"Exported from `{encoder}` by `maepretrain export --format {format}`.",
         f"## Load it\n\n```python\n{loading(model, format)}\n```",
         _card_data(read_section(run, "data")),
-        _card_figures(run),
         *([f"## Pictures\n\n{_links(pictures)}"] if pictures else []),
-        *([f"## Recipe\n\n```yaml\n{_text(run / 'config.yaml')}\n```"] if run else []),
-        f"## Versions\n\n{', '.join(f'{name} {v}' for name, v in _versions().items())}",
+        *(_card_run(read_run(run)) if run else []),
+        f"## Exported with\n\n{', '.join(f'{name} {v}' for name, v in versions().items())}",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part for part in said if part) + "\n"
 
 
 def loading(model: MaskedAutoencoder, format: Format) -> str:
@@ -281,37 +289,19 @@ def _card_data(data: dict[str, Any]) -> str:
     )
 
 
-def _card_figures(run: Path | None) -> str:
-    """The last value of every column of metrics.csv, and what evaluations left in the folder."""
-    parts = []
-    if run is not None and (run / "metrics.csv").is_file():
-        last: dict[str, str] = {}
-        with (run / "metrics.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                last |= {name: value for name, value in row.items() if name and value}
-        rows = "\n".join(f"| {name} | {value} |" for name, value in last.items())
-        parts.append(f"Last values of the pretraining:\n\n| metric | value |\n|---|---|\n{rows}")
-    found = [path for path in sorted(run.glob("*.json")) if path.is_file()] if run else []
-    parts += [f"{path.name}:\n\n```json\n{_text(path)}\n```" for path in found]
-    return "\n\n".join(["## Metrics", *parts]) if parts else ""
-
-
-def _text(path: Path) -> str:
-    return path.read_text().strip()
+def _card_run(record: Record) -> list[str]:
+    """What `report` says of the run, and how good its encoder is."""
+    figures = [*evaluations([record]), Text("Last values of the training:"), last_values(record)]
+    return [
+        f"## Training\n\n{markdown([summary([record]), *applied([record])])}",
+        f"## Metrics\n\n{markdown(figures)}",
+        f"## Recipe\n\n{markdown([configuration(record)])}",
+        f"## Made with\n\n{markdown(environment([record]))}",
+    ]
 
 
 def _links(pictures: list[str]) -> str:
     return "\n".join(f"![{Path(picture).stem}]({picture})" for picture in pictures)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def export_command(argv: list[str]) -> int:

@@ -1,7 +1,8 @@
 """Pictures, drawn with Matplotlib."""
 
+from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from jaxtyping import Float, Int64
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -203,6 +206,92 @@ def embedding_map(
     ax.set(xticks=[], yticks=[], title=f"{title} of {len(x):,} features")
     _save(figure, path)
     return torch.from_numpy(points).float()
+
+
+# Of curves: they stand out from white and from black.
+COLOURS = ("#3d7fd9", "#e0752d", "#3f9f5a", "#cc4778", "#8a6fd1", "#1aa0a8", "#b58b00", "#808890")
+# A curve of more points is drawn as means of its parts.
+CURVE_POINTS = 600
+# From this ratio of largest to smallest on, a scale is logarithmic.
+LOGARITHMIC = 100
+# Stands for the colour of the text until the drawing is done.
+INK = "#010203"
+# A picture in a page follows the reader's choice of light or dark by itself.
+STYLE = (
+    b"<style>:root{color:#333}@media (prefers-color-scheme:dark){:root{color:#ccc}}"
+    b"text{font-family:system-ui,sans-serif}</style>"
+)
+
+
+class Line(NamedTuple):
+    """A curve."""
+
+    steps: list[int]
+    values: list[float]
+    colour: str
+    dashed: bool = False
+
+
+def curve_panel(lines: list[Line], marks: list[tuple[int, str]], log: bool) -> bytes:
+    """Draw curves over steps as SVG, with no text but numbers.
+
+    Args:
+        lines: values that are no numbers leave gaps.
+        marks: steps and colours of dotted verticals.
+        log: on a logarithmic scale, where the values span so much.
+
+    Returns:
+        The file.
+    """
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "maepretrain",
+        "text.color": INK,
+    }
+    settings |= {"axes.edgecolor": INK, "axes.labelcolor": INK}
+    settings |= {"xtick.color": INK, "ytick.color": INK, "font.size": 9}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(4.8, 2.7), layout="constrained")
+        figure.patch.set_alpha(0)
+        ax = figure.subplots()
+        ax.patch.set_alpha(0)
+        for line in lines:
+            steps, values = _thinned(line)
+            style, dot = "--" if line.dashed else "-", "o" if len(steps) <= 30 else ""
+            ax.plot(steps, values, style, c=line.colour, lw=1.5, marker=dot, ms=3)
+        for step, colour in marks:
+            ax.axvline(step, color=colour, linestyle=":", linewidth=1)
+        values = [v for line in lines for v in line.values if np.isfinite(v)]
+        if log and values and 0 < LOGARITHMIC * min(values) < max(values):
+            ax.set_yscale("log")
+        else:
+            ax.yaxis.set_major_formatter(_number)
+        ax.set_xlabel("step")
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        ax.xaxis.set_major_formatter(_number)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color=INK, alpha=0.15, linewidth=0.6)
+        file = BytesIO()
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+    svg = file.getvalue().replace(INK.encode(), b"currentColor")
+    head, defs, rest = svg.partition(b"<defs>")
+    return head + STYLE + defs + rest
+
+
+def _number(x: float, _: object) -> str:
+    """7,000 and 0.003; what is far from 1 with its power of ten."""
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+
+
+def _thinned(line: Line) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of at most CURVE_POINTS points."""
+    steps, values = np.array(line.steps, float), np.array(line.values, float)
+    values[~np.isfinite(values)] = np.nan
+    parts = np.array_split(np.arange(len(steps)), min(CURVE_POINTS, len(steps)))
+    if len(parts) == len(steps):
+        return steps, values
+    means = [np.array([of[part].mean() for part in parts]) for of in (steps, values)]
+    return means[0], means[1]
 
 
 def _show(ax: Axes, image: Float[Tensor, "c h w"]) -> None:

@@ -1,12 +1,13 @@
 """The run folder: config.yaml, metrics.csv, TensorBoard events, checkpoints and pictures of one
 run, and nothing of another.
 
-RUN/config.yaml  status.json  metrics.csv  events.out.tfevents.*  pictures/
+RUN/config.yaml  status.json  starts.json  metrics.csv  events.out.tfevents.*  pictures/
     checkpoints/{last,best,...}.ckpt
 """
 
 import csv
 import fcntl
+import platform
 import shutil
 import time
 from contextlib import suppress
@@ -34,7 +35,7 @@ from maepretrain.engines.fragments import (
 )
 from maepretrain.files import replacing
 from maepretrain.preemption import Preempted
-from maepretrain.status import read_status, write_status
+from maepretrain.status import read_status, versions, write_start, write_status
 
 # Seconds for which a lock is tried.
 LOCK_ATTEMPTS = 8
@@ -49,7 +50,7 @@ ELSEWHERE = (
 # They stay when a run fails before its first checkpoint: they may be the reason.
 LISTS = ("faults.csv", "nonfinite.csv")
 NAMES = {
-    *("config.yaml", "status.json", "metrics.csv", "hparams.yaml", "results.json"),
+    *("config.yaml", "status.json", "starts.json", "metrics.csv", "hparams.yaml", "results.json"),
     *LISTS,
     *("checkpoints", "pictures"),
 }
@@ -182,10 +183,14 @@ class RunFolder:
         self._lock.close()
         self._lock = None
 
-    def begin(self) -> None:
+    def begin(self, step: int = 0, applied: dict[str, str] | None = None) -> None:
         """Training starts: delete the run that is overwritten, write down this one's configuration.
 
         What can be refused has been by now, so a mistake costs nobody a run.
+
+        Args:
+            step: that training goes on from.
+            applied: what it printed of itself, by name.
         """
         if not is_rank_zero():
             return
@@ -200,8 +205,10 @@ class RunFolder:
                 say(f"resumed with  {line}")
         with replacing(saved) as file:
             file.write(self._config.encode())
-        starts = read_status(self.path).get("starts", 0) if self._resume else 0
-        self.mark(state="running", starts=starts + 1)
+        before = read_status(self.path) if self._resume else {}
+        about = {"step": step, "after": before.get("state"), "applied": applied or {}}
+        write_start(self.path, not self._resume, **about, versions=environment())
+        self.mark(state="running", starts=before.get("starts", 0) + 1)
         self._began = True
 
     def mark(self, **changed: Any) -> None:
@@ -240,9 +247,17 @@ class RunFolder:
         ]
 
 
+def environment() -> dict[str, str]:
+    """Versions of what computes here, and the device."""
+    found = {"python": platform.python_version()} | versions() | {"system": platform.platform()}
+    if torch.cuda.is_available():
+        found |= {"device": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda)}
+    return found
+
+
 def changes(before: str, now: str) -> list[str]:
     """`key: old -> new` for every value that differs between two YAML configurations."""
-    old, new = (_flat(yaml.safe_load(text) or {}) for text in (before, now))
+    old, new = (flat(yaml.safe_load(text) or {}) for text in (before, now))
     ignored = {"resume", "overwrite", "ckpt_path", "same_config"}
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
@@ -251,13 +266,14 @@ def changes(before: str, now: str) -> list[str]:
     ]
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings under their paths, `a.b.c`."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
-    flat: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+        leaves |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

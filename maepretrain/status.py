@@ -1,4 +1,5 @@
-"""What a run folder says of its run, without torch: RUN/status.json, and the verb `status`.
+"""What a run folder says of its run, without torch: RUN/status.json, RUN/starts.json and the verb
+`status`.
 
 RUN/status.json is the one place that says whether a run came to its end:
 
@@ -11,19 +12,40 @@ RUN/status.json is the one place that says whether a run came to its end:
     changed_at        of this file; times are seconds since 1970
 
 A run that was killed says "running"; how long its folder has been silent tells.
+
+RUN/starts.json has an object for each start:
+
+    at                its time
+    step              that it went on from
+    after             the state that the start before left; "running" where it was killed
+    command, folder   what was typed, and where; no command where another program called
+    host, job         machine of rank zero, number of the SLURM job
+    applied           what was really applied, as the run printed it
+    versions          of Python, the packages, the system and the device
 """
 
 import csv
 import json
+import os
+import platform
+import shlex
+import sys
 import time
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from maepretrain.files import replacing
 
-FILE = "status.json"
+FILE, STARTS = "status.json", "starts.json"
+PACKAGES = (
+    *("maepretrain", "torch", "torchvision", "lightning", "timm", "webdataset", "deepspeed"),
+    *("transformers", "scikit-learn", "numpy"),
+)
 # Of metrics.csv, they have columns of their own or say nothing of a model.
-ELSEWHERE = {"step", "epoch", "img_per_s", "data_wait", "memory_gb", "mfu", "lr", "skipped"}
+ELSEWHERE = {"step", "epoch", "img_per_s", "data_wait", "memory_gb", "mfu", "lr", "grad_norm"}
+ELSEWHERE |= {"skipped"}
 
 
 def read_status(run: Path) -> dict[str, Any]:
@@ -48,6 +70,54 @@ def write_status(run: Path, **changed: Any) -> None:
     status = read_status(run) | changed | {"changed_at": time.time()}
     with replacing(run / FILE) as file:
         file.write((json.dumps(status, indent=1) + "\n").encode())
+
+
+def read_starts(run: Path) -> list[dict[str, Any]]:
+    """What RUN/starts.json holds; empty where the run has not begun, or is older than the file.
+
+    Raises:
+        ValueError: it is no list of starts.
+    """
+    path = run / STARTS
+    if not path.exists():
+        return []
+    try:
+        starts = [dict(start) for start in json.loads(path.read_text())]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no list of starts ({type(error).__name__})") from None
+    return starts
+
+
+def write_start(run: Path, anew: bool, **about: Any) -> None:
+    """Add a start to RUN/starts.json.
+
+    Args:
+        run: the run folder.
+        anew: forget the starts of before.
+        about: values that this process does not know by itself.
+    """
+    start: dict[str, Any] = {"at": time.time(), "folder": str(Path.cwd()), "host": platform.node()}
+    if len(sys.argv) > 1:
+        start["command"] = shlex.join(["maepretrain", *sys.argv[1:]])
+    if "SLURM_JOB_ID" in os.environ:
+        start["job"] = os.environ["SLURM_JOB_ID"]
+    starts: list[dict[str, Any]] = []
+    if not anew:
+        with suppress(ValueError):  # a damaged list must not keep a run from going on
+            starts = read_starts(run)
+    with replacing(run / STARTS) as file:
+        file.write(json.dumps([*starts, start | about], indent=1).encode() + b"\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that are installed and matter to a run."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def status(runs: list[Path], done: bool = False) -> int:

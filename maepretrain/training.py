@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from maepretrain.callbacks import (
     VALIDATION_IS_DUE,
+    GradientNorm,
     LastCheckpoint,
     MidValidation,
     Throughput,
@@ -79,6 +80,8 @@ class Scheduled(L.LightningModule):
         self.optim, self.steps, self.seed = optim, steps, seed
         self.global_batch, self.steps_per_epoch = data.global_batch, data.order.steps_per_epoch
         self.normalise = Normalise(data.mean, data.std)
+        # What is really applied, as it is printed.
+        self.applied: dict[str, str] = {}
         self.fresh_groups: list[Group] = []
         # Of the optimizer, in its order: names of its parameters, and how many each group has.
         self.parameter_names: list[str] = []
@@ -115,12 +118,18 @@ class Scheduled(L.LightningModule):
         names = {id(p): name for name, p in self.named_parameters()}
         self.parameter_names = [names[id(p)] for g in groups for p in g["params"]]
         self.group_sizes = [len(g["params"]) for g in groups]
-        say("optimizer     " + "\n              ".join(self._describe(groups)))
+        self.tell({"optimizer": "\n".join(self._describe(groups))})
         # Lightning cannot clip under mixed precision when the optimizer is fused.
         amp = isinstance(self.trainer.precision_plugin, MixedPrecision)
         return self.optim.make(
             groups, self.global_batch, fused=not (amp and self.trainer.gradient_clip_val)
         )
+
+    def tell(self, lines: dict[str, str]) -> None:
+        """Print what is really applied, and keep it for the run folder."""
+        self.applied |= lines
+        indented = {name: text.replace("\n", "\n" + 14 * " ") for name, text in lines.items()}
+        say("\n".join(f"{name:<13} {text}" for name, text in indented.items()))
 
     def _describe(self, groups: list[Group]) -> list[str]:
         return [f"{self.optim.optimizer}", *describe(groups, self.optim.lr(self.global_batch))]
@@ -268,7 +277,7 @@ def fit(
             plugins=plugins,
             enable_progress_bar=isinstance(bar, RichProgressBar),
             # Throughput comes last: what it does not see between two steps is waiting for data.
-            callbacks=[*callbacks, last, bar, throughput],
+            callbacks=[*callbacks, GradientNorm(), last, bar, throughput],
         )
         accumulation = trainer.get("accumulate_grad_batches") or 1
         if isinstance(engine.strategy, Sharded):
@@ -340,7 +349,7 @@ def _set_speed(
 def _describe(
     data: ShardData, engine: L.Trainer, accumulation: int, module: Scheduled, cost: str
 ) -> None:
-    """Print what is really applied before the first step."""
+    """Tell what is really applied before the first step."""
     assert data.stream is not None
     optim, steps = module.optim, module.steps
     lines = {
@@ -359,5 +368,4 @@ def _describe(
         f"{type(engine.strategy).__name__}",
         "run folder": str(engine.default_root_dir),
     }
-    lines |= module.summary()
-    say("\n".join(f"{name:<13} {text}" for name, text in lines.items()))
+    module.tell(lines | module.summary())

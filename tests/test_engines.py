@@ -175,6 +175,9 @@ def test_every_engine_trains_as_one_process_does(trained: Get, recipe: str, engi
     assert len(one.losses()) == STEPS
     assert_equal_losses(two.losses(), one.losses(), 1e-6)
     assert column(two.run, "lr") == pytest.approx(column(one.run, "lr"))
+    norms = column(one.run, "grad_norm")
+    assert len(norms) == STEPS
+    assert column(two.run, "grad_norm") == pytest.approx(norms, rel=1e-4)
     assert_equal_weights(two.run, one.run)
 
 

@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, ViTMAEForPreTraining, ViTMAEModel
 
 from maepretrain.checkpoints import OWN_KEY, read_weights
 from maepretrain.evaluate.encoders import load_encoder
+from maepretrain.evaluate.results import write_results
 from maepretrain.export import export, loading, timm_arguments
 from maepretrain.models.mae import MaskedAutoencoder
 
@@ -195,7 +196,8 @@ def test_the_card_tells_recipe_data_figures_pictures_and_loads(
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     assert pretrain_tiny(run, "--trainer.max_steps", 2) == 0
-    (run / "probe.json").write_text('{"accuracy": 0.875}')
+    rows = {"pretrained": {"top1": 0.875, "top1_std": 0.0125, "n": 360, "recipe": "lr 0.1"}}
+    write_results(run, "probe", {"rows": rows})
     command = ["export", "--encoder", run, "--format", "hf", "--out", out]
     assert run_cli(*command) == 0
     assert f"--encoder {out} takes it back" in capsys.readouterr().out
@@ -206,7 +208,8 @@ def test_the_card_tells_recipe_data_figures_pictures_and_loads(
         'ViTMAEModel.from_pretrained("FOLDER"',
         "- mean: `[0.305]`\n- std: `[0.376]`",
         "| val_loss |",
-        '{"accuracy": 0.875}',
+        "| Linear probe | top-1 | n |\n| --- | --- | --- |\n| pretrained | 0.8750 ± 0.0125 | 360 |",
+        "| Trained on | 150 samples in 4 shards",
         "![step-00000002](pictures/step-00000002.png)",
         "encoder_width: 32",
         f"torch {torch.__version__.partition('+')[0]}",

@@ -40,4 +40,5 @@ def test_configs_travel_inside_the_wheel(tmp_path: Path) -> None:
     package, config = done.stdout.split()
     assert Path(package).is_relative_to(inside)
     assert Path(config) == inside / "maepretrain" / "configs" / "mae" / "digits.yaml"
+    assert (inside / "maepretrain" / "report.html").is_file()
     assert Path(config).read_bytes() == (ROOT / "configs/mae/digits.yaml").read_bytes()

@@ -274,3 +274,31 @@ def test_two_processes_equal_one(tmp_path: Path, shards: Path, pretrain_tiny: Ru
     cut_back(tmp_path / "two", 5)
     assert pretrain_tiny(tmp_path / "two", *length, "--resume") == 0
     assert_close_weights(tmp_path / "one", tmp_path / "two")
+
+
+def test_the_norm_of_gradients_is_what_steps_tell(tmp_path: Path, pretrain_tiny: Run) -> None:
+    """Of SGD without momentum or decay a step is lr times the gradient; clipping comes after."""
+    sgd = [*SGD, "--optim.momentum", "1e-7", "--optim.weight_decay", 0, "--optim.warmup_epochs", 0]
+    both = [*sgd, "--trainer.max_steps", 2, "--keep_every_steps", 1]
+    both += ["--trainer.accumulate_grad_batches", 2]
+    for name, more in (("free", []), ("clipped", ["--trainer.gradient_clip_val", 0.01])):
+        assert pretrain_tiny(tmp_path / name, *both, *more) == 0
+        steps = [
+            torch.load(tmp_path / name / f"checkpoints/step={n}.ckpt", weights_only=True)
+            for n in (1, 2)
+        ]
+        one, two = (step["state_dict"] for step in steps)
+        moved = torch.stack([(two[key] - one[key]).norm() for key in one]).norm()
+        told = float(moved) / column(tmp_path / name, "lr")[1][1]
+        norms = [norm for _, norm in column(tmp_path / name, "grad_norm")]
+        assert len(norms) == 2 and norms[1] > 0.05
+        assert told == pytest.approx(norms[1] if name == "free" else 0.01, rel=1e-3)
+
+
+def test_logging_leaves_the_weights_bit_equal(tmp_path: Path, pretrain_tiny: Run) -> None:
+    for every in (1, 1000):
+        options = ["--trainer.max_steps", 8, "--trainer.log_every_n_steps", every]
+        assert pretrain_tiny(tmp_path / str(every), *options) == 0
+    assert len(column(tmp_path / "1", "grad_norm")) == 8
+    assert len(column(tmp_path / "1000", "grad_norm")) <= 1
+    assert_same_weights(tmp_path / "1", tmp_path / "1000")

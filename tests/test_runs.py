@@ -116,6 +116,7 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
         folder.begin()
     left = {p.name: p.read_text() for p in tmp_path.iterdir() if p.name != ".lock"}
     status = json.loads(left.pop("status.json"))
+    assert [start["after"] for start in json.loads(left.pop("starts.json"))] == [None]
     assert left == {"config.yaml": "new", "notes.txt": "old"}
     assert status.items() >= {"state": "running", "starts": 1}.items() and len(status) == 3
 

@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from PIL import Image
 from torch import Tensor, nn
 
 from maepretrain.arguments import allow_bare_flags, make_parser
-from maepretrain.callbacks import LastCheckpoint, Throughput
+from maepretrain.callbacks import LastCheckpoint, Throughput, show_in_tensorboard
 from maepretrain.data.augment import Augmentation
 from maepretrain.data.module import ShardData
 from maepretrain.distributed import say
@@ -137,7 +139,7 @@ def finetune(
     with RunFolder(run, resume, overwrite, config, ckpt_path, same_config) as folder:
         origin = f"architecture of {encoder}, from scratch" if scratch else f"encoder {encoder}"
         what = f"{count} classes" if table is None else f"{task} of {count}"
-        say(f"classifier    {what}, {len(data.index):,} labelled images, {origin}")
+        module.tell({"classifier": f"{what}, {len(data.index):,} labelled images, {origin}"})
         last = LastCheckpoint(folder, checkpoint_every_steps, checkpoint_every_minutes)
         ended, engine = fit(module, data, arguments, folder, [guard], last)
         if ended and data.val_index is not None:
@@ -222,6 +224,10 @@ def _report(
     path = write_results(run, "finetune", result)
     if module.targets is None:
         draw(run / "pictures", data, module.logits_of_all, module.truth_of_all)
+        for picture in (run / "pictures").glob("finetune-*.png"):
+            show_in_tensorboard(
+                engine, picture.stem, np.asarray(Image.open(picture).convert("RGB"))
+            )
     print_table({str(about["encoder"]): {k: v for k, v in result.items() if k in FIGURES}})
     name, figure = next(iter(module.scores.items()))
     name = "accuracy" if name == "top1" else name

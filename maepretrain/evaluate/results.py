@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from maepretrain import __version__
 from maepretrain.files import replacing
+from maepretrain.status import versions
 
 # From so many classes on, being among the first five says something.
 TOP5_FROM = 6
@@ -72,12 +71,6 @@ def spread(seeds: list[dict[str, float]]) -> dict[str, float]:
     return result
 
 
-def versions() -> dict[str, str]:
-    """What computed the figures."""
-    names = ("torch", "timm", "scikit-learn")
-    return {"maepretrain": __version__} | {name: metadata.version(name) for name in names}
-
-
 def write_results(where: Path, evaluator: str, result: dict[str, Any]) -> Path:
     """Put the result of one evaluator into results.json; those of the others stay.
 
@@ -96,7 +89,7 @@ def write_results(where: Path, evaluator: str, result: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two evaluations of one run may end at the same time.
     with _locked(path.parent):
-        results = _read(path) | {evaluator: result | {"versions": versions()}}
+        results = read_results(path) | {evaluator: result | {"versions": versions()}}
         with replacing(path) as file:
             file.write(json.dumps(results, indent=1).encode() + b"\n")
     return path
@@ -112,7 +105,12 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_results(path: Path) -> dict[str, Any]:
+    """The results in a file by evaluator; none where it is missing.
+
+    Raises:
+        ValueError: a file that holds something else.
+    """
     if not path.exists():
         return {}
     try:
@@ -132,7 +130,7 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
             `knn`, `seeds`, `recipe`, `minutes` and `img_per_s` where they are known.
     """
     shown = {k: name for k, name in COLUMNS.items() if any(k in row for row in rows.values())}
-    console = print_columns("features", shown, rows, _cell)
+    console = print_columns("features", shown, rows, cell_text)
     for name, row in rows.items():
         if "recipe" in row:
             console.print(f"  {name}: {row['recipe']}", highlight=False, markup=False)
@@ -168,7 +166,8 @@ def print_columns(
     return console
 
 
-def _cell(row: dict[str, Any], key: str) -> str:
+def cell_text(row: dict[str, Any], key: str) -> str:
+    """A figure of a row with its spread, as a table shows it; empty where there is none."""
     value = row.get(key)
     if value is None:
         return ""

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -97,14 +98,13 @@ def train_lightly(task: Task, shards: Path, seconds: float, out: Path) -> None:
         seconds: CPU time.
         out: the file.
     """
-    from lightly.transforms.mae_transform import MAETransform
-
+    transforms = import_module("lightly.transforms.mae_transform")
     torch.manual_seed(0)
     data = _data(task, shards)
     images = data.evaluation(data.index).__getitems__(list(range(len(data.index))))["input"]
     side = lightly(MaskedAutoencoder(**task.sizes))
     normalise: Any = {"mean": [task.mean] * 3, "std": [task.std] * 3}
-    transform = MAETransform(input_size=task.sizes["image_size"], normalize=normalise)
+    transform = transforms.MAETransform(input_size=task.sizes["image_size"], normalize=normalise)
     optimizer = torch.optim.AdamW(side.module.parameters(), lr=1.5e-4)
     n = (task.sizes["image_size"] // task.sizes["patch_size"]) ** 2
     batches = DataLoader(

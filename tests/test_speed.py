@@ -32,7 +32,7 @@ def header(text: str) -> tuple[list[float], float]:
 
 
 def test_mfu_is_the_models_flops_over_the_peak(
-    tmp_path: Path, pretrain_tiny: Run, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, pretrain_tiny: Run, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     assert pretrain_tiny(run, "--trainer.max_steps", 12, *SIXTEEN) == 0
@@ -44,6 +44,8 @@ def test_mfu_is_the_models_flops_over_the_peak(
         cost = (low if int(row["step"]) < 3 else full) * 1e9
         expected = float(row["img_per_s"]) * cost / (peak * 1e12)
         assert float(row["mfu"]) == pytest.approx(expected, rel=2e-3)
+    # What judges the encoder sees images of full size.
+    assert run_cli("knn", "--encoder", run) == 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     assert 0.1 < float(logged[0]["memory_gb"]) <= float(logged[-1]["memory_gb"]) <= most
 

@@ -43,6 +43,7 @@ Weights = dict[str, Tensor]
 
 # Of a run's data these belong to its training; an evaluation shows every image once.
 OF_TRAINING = ("seed", "global_batch", "lanes", "block", "tail", "crops_per_image", "max_faults")
+OF_TRAINING += ("low_image_size", "low_epochs")
 
 
 def load_encoder(spec: str, data: ShardData | None = None) -> nn.Module:

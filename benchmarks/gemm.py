@@ -37,27 +37,40 @@ class Product(NamedTuple):
 
 
 def products(model: MaskedAutoencoder, batch: int) -> list[Product]:
-    """The linear layers of a step that computes nothing in vain but for whole decoder blocks."""
+    """The linear layers of a step that computes nothing in vain (see maepretrain/models/mae.py): of
+    mask tokens the first decoder block has queries, keys and values once a place, and the last
+    one puts out masked patches alone."""
     n = model.grid[0] * model.grid[1]
     seen, every = batch * (model.prefix + model.visible), batch * (model.prefix + n)
-    found = []
-    for where, rows, blocks in (
-        ("encoder", seen, model.encoder.blocks),
-        ("decoder", every, model.decoder_blocks),
-    ):
-        block: Any = next(iter(blocks))
-        layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-        for name, layer in zip(("qkv", "proj", "fc1", "fc2"), layers, strict=True):
-            size = (layer.in_features, layer.out_features)
-            found.append(Product(f"{where} {name}", rows, *size, len(list(blocks))))
+    masked, depth = batch * (n - model.visible), len(model.decoder_blocks)
     pixels, width = model.channels * model.patch_size**2, model.width
     decoder = model.decoder_embed.out_features
+    first, last = model.decoder_blocks[0], model.decoder_blocks[-1]
+    if depth < 2:
+        raise ValueError("a decoder of one block is its first and its last: take two or more")
     return [
         Product("patch embedding", batch * model.visible, pixels, width, 1),
-        *found,
+        *_of_block("encoder", model.encoder.blocks[0], seen, seen, model.depth),
         Product("decoder embedding", seen, width, decoder, 1),
-        Product("prediction", batch * (n - model.visible), decoder, pixels, 1),
+        *_of_block("first decoder block's", first, seen + n, every, 1),
+        *_of_block("decoder", first, every, every, depth - 2),
+        Product("last decoder block's queries", masked, decoder, decoder, 1),
+        Product("last decoder block's keys, values", every, decoder, 2 * decoder, 1),
+        *_of_block("last decoder block's", last, 0, masked, 1),
+        Product("prediction", masked, decoder, pixels, 1),
     ]
+
+
+def _of_block(where: str, block: Any, computed: int, rows: int, times: int) -> list[Product]:
+    """`computed` rows of queries, keys and values, `rows` of the rest."""
+    layers = {"qkv": block.attn.qkv, "proj": block.attn.proj}
+    layers |= {"fc1": block.mlp.fc1, "fc2": block.mlp.fc2}
+    sizes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    found = [
+        Product(f"{where} {name}", computed if name == "qkv" else rows, *size, times)
+        for name, size in sizes.items()
+    ]
+    return [product for product in found if product.rows and product.times]
 
 
 def runner(product: Product) -> Callable[[], None]:

@@ -28,6 +28,14 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("mask ratio .90, decoder depth 2", {"mask_ratio": 0.9, "decoder_depth": 2}),
     ("160 pixels", {"image_size": 160}),
     ("128 pixels", {"image_size": 128}),
+    ("cross-attention decoder", {"decoder": "cross"}),
+    ("cross-attention, a third predicted", {"decoder": "cross", "reconstruct": 1 / 3}),
+    (
+        "cross-attention, a third predicted, depth 12",
+        {"decoder": "cross", "reconstruct": 1 / 3, "decoder_depth": 12},
+    ),
+    ("two masks an image", {"masks_per_image": 2}),
+    ("mask tokens in the encoder", {"mask_tokens_in_encoder": True}),
     ("activation checkpointing", {"activation_checkpointing": True}),
 ]
 
@@ -53,9 +61,10 @@ def stepper(
     return step
 
 
-def cost(model: MaskedAutoencoder) -> float:
+def cost(model: MaskedAutoencoder, batch: int) -> float:
     """FLOPs of a sample, what is recomputed included."""
-    found = flops(model, {})
+    size = (batch, model.channels, *model.encoder.patch_embed.img_size)
+    found = flops(model, {"input": torch.empty(size, device="meta")})
     return found.training + found.recomputed
 
 
@@ -69,7 +78,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     default = MaskedAutoencoder(arguments.encoder)
-    base, base_cost = stepper(default, arguments.batch), cost(default)
+    base, base_cost = stepper(default, arguments.batch), cost(default, arguments.batch)
     how: list[tuple[str, dict[str, Any], dict[str, bool]]] = [
         *((label, changes, {}) for label, changes in OPTIONS),
         ("bf16 autocast", {}, {"autocast": True}),
@@ -82,7 +91,7 @@ def main(argv: list[str]) -> None:
         run = stepper(model, arguments.batch, **kind)
         times = interleaved({"option": run, "default": base}, arguments.rounds)
         of_base += times["default"]
-        share = cost(model) / base_cost
+        share = cost(model, arguments.batch) / base_cost
         rows.append((label, f"{ratio(times['option'], times['default']):.2f}", f"{share:.2f}"))
         del model, run
         gc.collect()

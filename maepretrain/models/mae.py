@@ -325,7 +325,7 @@ class MaskedAutoencoder(nn.Module):
         # A strided convolution over the whole image, applied to its visible quarter.
         tokens = F.linear(pixels, projection.weight.flatten(1), projection.bias)
         tokens = encoder.patch_embed.norm(tokens)
-        positions = self._positions("encoder.pos_embed", grid)
+        positions = self._positions(cast(Tensor, encoder.pos_embed)[0], grid)
         skip = len(positions) - grid[0] * grid[1]
         tokens = tokens + positions[skip + keep]
         if self.mask_tokens_in_encoder:
@@ -336,9 +336,10 @@ class MaskedAutoencoder(nn.Module):
             outputs.append(self._run(block, outputs[-1]))
         return [*outputs[1:-1], encoder.norm(outputs[-1])]
 
-    def _positions(self, name: str, grid: tuple[int, int]) -> Float[Tensor, "s d"]:
+    def _positions(
+        self, positions: Float[Tensor, "s d"], grid: tuple[int, int]
+    ) -> Float[Tensor, "s2 d"]:
         """Positions of prefix tokens, if they have any, and of a grid's patches."""
-        positions = self.get_buffer(name)[0]
         if grid == self.grid:
             return positions
         prefix = len(positions) - self.grid[0] * self.grid[1]
@@ -369,7 +370,7 @@ class MaskedAutoencoder(nn.Module):
         tokens in the order prefix, visible, masked."""
         prefix, last = self.encoder.num_prefix_tokens, outputs or masked.shape[1]
         # Zero at the prefix tokens.
-        positions = self._positions("decoder_pos_embed", grid)
+        positions = self._positions(cast(Tensor, self.decoder_pos_embed)[0], grid)
         if self.decoder == "cross":
             ids = torch.cat([keep, masked], 1)[:, -last:]
             x = self.mask_token + positions[prefix + ids]

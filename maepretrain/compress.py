@@ -55,6 +55,8 @@ from maepretrain.optim import Optimization
 from maepretrain.training import set_threads
 
 Weights = dict[str, Tensor]
+# Of each stage: `bytes`, `ratio` to float32, `top1`.
+Stages = dict[str, dict[str, int | float]]
 
 
 def compress(
@@ -76,7 +78,7 @@ def compress(
     seed: int = 0,
     threads: int | None = None,
     overwrite: bool = False,
-) -> dict[str, dict[str, float]]:
+) -> Stages:
     """Prune, share and code the weights of a fine-tuned encoder and its head into one file, which
     is an encoder; bytes and accuracy of each stage are printed and go to results.json of the run.
 
@@ -110,12 +112,13 @@ def compress(
     """
     run, bits = Path(encoder), {"attention": attention_bits, "mlp": mlp_bits, "other": other_bits}
     out = out or run / "compressed.safetensors"
+    config = _config(run)
     _check(out, overwrite, sparsity, rounds, retrain_steps, share_steps, lr)
     for name, value in (bits | {"run": run_bits}).items():
         if not 1 <= value <= 8:
             raise ValueError(f"{name}_bits {value} must be 1 to 8")
     set_threads(threads)
-    model, head = _load_classifier(run, data)
+    model, head = _load_classifier(run, config, data)
     augment.apply(data)
 
     def train(steps: int, *callbacks: L.Callback) -> None:
@@ -130,7 +133,7 @@ def compress(
         stages[stage] = {"bytes": len(content), "ratio": first / len(content), "top1": top1}
         say(f"{stage:<13} {len(content):,} bytes, accuracy {top1:.4f}")
 
-    stages: dict[str, dict[str, float]] = {}
+    stages: Stages = {}
     layers, before = layers_of(model, head), _weights(model, head)
     about = {OWN_KEY: json.dumps(model.arguments)}
     scored("float32", save(before, about))
@@ -184,12 +187,18 @@ def _check(
 BLOCKS = "model.blocks."
 
 
-def _load_classifier(run: Path, data: ShardData) -> tuple[MaskedAutoencoder, Head]:
-    """Encoder and head as a run of fine-tuning ended with; `data` gets the labels it trained on."""
+def _config(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     config = yaml.safe_load(path.read_text()) if path.is_file() else {}
     if "head" not in config or config["task"] != "classes":
         raise ValueError(f"compress takes the run folder of a finetune on classes, not {run}")
+    return config
+
+
+def _load_classifier(
+    run: Path, config: dict[str, Any], data: ShardData
+) -> tuple[MaskedAutoencoder, Head]:
+    """Encoder and head as a run of fine-tuning ended with; `data` gets the labels it trained on."""
     if data.val_index is None:
         raise ValueError("compress tells the accuracy on held-out images: set data.val")
     labels = data.index.require_labels("compress")
@@ -387,7 +396,7 @@ def share(layer: nn.Module, bits: int) -> None:
     centroids = np.zeros(0, np.float32)
     if count:
         linear = np.linspace(values.min(), values.max(), count, dtype=np.float32)
-        found = KMeans(count, init=linear[:, None], n_init=1).fit(values[:, None])
+        found = KMeans(count, init=linear[:, None], n_init=1, tol=0).fit(values[:, None])
         centroids = found.cluster_centers_[:, 0].astype(np.float32)
         index[kept] = torch.from_numpy(found.labels_.astype(np.int64) + 1)
     parametrize.register_parametrization(
@@ -581,7 +590,7 @@ def sparse(weights: Weights, matrices: list[str], about: dict[str, str], run_bit
     return save(tensors, about)
 
 
-def _report(run: Path, out: Path, stages: dict[str, dict[str, float]], sparsity: float) -> None:
+def _report(run: Path, out: Path, stages: Stages, sparsity: float) -> None:
     path = write_results(
         run, "compress", {"stages": stages, "sparsity": sparsity, "file": str(out)}
     )

@@ -16,6 +16,7 @@ Axes: n weights of a layer, m of them stored, k codebook entries.
 import json
 import zlib
 from copy import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -120,48 +121,37 @@ def compress(
     set_threads(threads)
     model, head = _load_classifier(run, config, data)
     augment.apply(data)
+    task = _Task(model, head, data, optim, augment, lr, label_smoothing, seed)
+    layers, about = layers_of(model, head), {OWN_KEY: json.dumps(model.arguments)}
+    matrices = [f"{name}.weight" for name in layers]
 
-    def train(steps: int, *callbacks: L.Callback) -> None:
-        if steps:
-            recipe = (_shortened(optim, lr, steps, data), data, steps, augment)
-            module = Classifier(model, head, *recipe, label_smoothing=label_smoothing, seed=seed)
-            _trainer(data, steps, *callbacks, limit_val_batches=0).fit(module, data)
+    before = task.weights()
+    task.score("float32", save(before, about))
+    content, weights = eight_bits(before, matrices, about)
+    task.restore(weights)
+    task.score("int8", content)
 
-    def scored(stage: str, content: bytes, top1: float | None = None) -> None:
-        top1 = _accuracy(model, head, data, optim) if top1 is None else top1
-        first = next(iter(stages.values()), {"bytes": len(content)})["bytes"]
-        stages[stage] = {"bytes": len(content), "ratio": first / len(content), "top1": top1}
-        say(f"{stage:<13} {len(content):,} bytes, accuracy {top1:.4f}")
-
-    stages: Stages = {}
-    layers, before = layers_of(model, head), _weights(model, head)
-    about = {OWN_KEY: json.dumps(model.arguments)}
-    scored("float32", save(before, about))
-    content, weights = eight_bits(before, _matrices(layers), about)
-    _restore(model, head, weights)
-    scored("int8", content)
-
-    _restore(model, head, before)
+    task.restore(before)
     model.train_positions()
     blocks = [layer for name, layer in layers.items() if name.startswith(BLOCKS)]
     pruning = Pruning(blocks, sparsity, rounds, retrain_steps)
-    train(retrain_steps, pruning)
+    task.train(retrain_steps, pruning)
     pruning.finish()
-    scored("pruned", sparse(_weights(model, head), _matrices(layers), about, run_bits))
+    task.score("pruned", sparse(task.weights(), matrices, about, run_bits))
 
     for name, layer in layers.items():
         share(layer, bits[_kind(name)])
-    train(share_steps)
+    task.train(share_steps)
     shared = {f"{name}.weight": unshare(layer) for name, layer in layers.items()}
-    rest = {k: v for k, v in _weights(model, head).items() if k not in shared}
+    rest = {k: v for k, v in task.weights().items() if k not in shared}
     with replacing(out) as file:
         file.write(pack(shared, rest, about, run_bits))
     # What is scored is what anyone gets from the file.
-    _restore(model, head, read_state(out)[0])
-    scored("shared", pack(shared, rest, about, run_bits, huffman_coded=False))
-    scored("Huffman", out.read_bytes(), stages["shared"]["top1"])
-    _report(run, out, stages, sparsity)
-    return stages
+    task.restore(read_state(out)[0])
+    top1 = task.score("shared", pack(shared, rest, about, run_bits, huffman_coded=False))
+    task.score("Huffman", out.read_bytes(), top1)
+    _report(run, out, task.stages, sparsity)
+    return task.stages
 
 
 def _check(
@@ -230,40 +220,75 @@ def layers_of(model: MaskedAutoencoder, head: Head) -> dict[str, nn.Module]:
     }
 
 
-def _matrices(layers: dict[str, nn.Module]) -> list[str]:
-    return [f"{name}.weight" for name in layers]
-
-
 def _kind(name: str) -> str:
     if not name.startswith(BLOCKS):
         return "other"
     return "attention" if ".attn." in name else "mlp"
 
 
-def _weights(model: MaskedAutoencoder, head: Head) -> Weights:
-    """All of encoder and head, without a decoder, by their names in the file."""
-    parts = {"model": official_weights(model, decoder=False), "head": head.state_dict()}
-    return {
-        f"{part}.{name}": tensor.detach().cpu().float().contiguous().clone()
-        for part, weights in parts.items()
-        for name, tensor in weights.items()
-    }
-
-
 def _part(weights: Weights, prefix: str) -> Weights:
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
-def _restore(model: MaskedAutoencoder, head: Head, weights: Weights) -> None:
-    load_official(model, _part(weights, "model."))
-    load_exactly(head.state_dict(), _part(weights, "head."))
+@dataclass
+class _Task:
+    """What is trained and scored, and how; the arguments are those of `compress`."""
 
+    model: MaskedAutoencoder
+    head: Head
+    data: ShardData
+    optim: Optimization
+    augment: Augmentation
+    lr: float
+    label_smoothing: float
+    seed: int
+    stages: Stages = field(default_factory=dict)
 
-def _shortened(optim: Optimization, lr: float, steps: int, data: ShardData) -> Optimization:
-    again = copy(optim)
-    again.base_lr = lr * optim.base_lr
-    again.warmup_epochs = min(optim.warmup_epochs, 0.1 * steps / data.order.steps_per_epoch)
-    return again
+    def weights(self) -> Weights:
+        """All of encoder and head, without a decoder, by their names in the file."""
+        encoder = official_weights(self.model, decoder=False)
+        return {
+            f"{part}.{name}": tensor.detach().cpu().float().contiguous().clone()
+            for part, weights in {"model": encoder, "head": self.head.state_dict()}.items()
+            for name, tensor in weights.items()
+        }
+
+    def restore(self, weights: Weights) -> None:
+        """Set what `weights` gave."""
+        load_official(self.model, _part(weights, "model."))
+        load_exactly(self.head.state_dict(), _part(weights, "head."))
+
+    def train(self, steps: int, *callbacks: L.Callback) -> None:
+        """Steps at a share of the learning rate, with a short warm-up."""
+        if not steps:
+            return
+        optim = copy(self.optim)
+        optim.base_lr *= self.lr
+        most = 0.1 * steps / self.data.order.steps_per_epoch
+        optim.warmup_epochs = min(optim.warmup_epochs, most)
+        module = Classifier(
+            self.model,
+            self.head,
+            optim,
+            self.data,
+            steps,
+            self.augment,
+            label_smoothing=self.label_smoothing,
+            seed=self.seed,
+        )
+        _trainer(self.data, steps, *callbacks, limit_val_batches=0).fit(module, self.data)
+
+    def score(self, stage: str, content: bytes, top1: float | None = None) -> float:
+        """Note the size of a stage's file and the accuracy on all held-out images."""
+        if top1 is None:
+            module = Classifier(self.model, self.head, self.optim, self.data, 1)
+            _trainer(self.data, 1).validate(module, self.data, verbose=False)
+            top1 = module.scores["top1"]
+        size = len(content)
+        first = self.stages["float32"]["bytes"] if self.stages else size
+        self.stages[stage] = {"bytes": size, "ratio": first / size, "top1": top1}
+        say(f"{stage:<13} {size:,} bytes, accuracy {top1:.4f}")
+        return top1
 
 
 def _trainer(data: ShardData, steps: int, *callbacks: L.Callback, **options: Any) -> L.Trainer:
@@ -283,13 +308,6 @@ def _trainer(data: ShardData, steps: int, *callbacks: L.Callback, **options: Any
         callbacks=[*callbacks, bar, throughput],
         **options,
     )
-
-
-def _accuracy(model: nn.Module, head: Head, data: ShardData, optim: Optimization) -> float:
-    """Of all held-out images."""
-    module = Classifier(model, head, optim, data, 1)
-    _trainer(data, 1).validate(module, data, verbose=False)
-    return module.scores["top1"]
 
 
 class Pruning(L.Callback):
@@ -335,7 +353,8 @@ class Pruning(L.Callback):
             prune.remove(module, "weight")
 
 
-class Shared(NamedTuple):
+@dataclass(frozen=True)
+class Shared:
     """A weight whose values come from a codebook, entry 0 of which is 0.0."""
 
     codebook: Float[np.ndarray, "k"]
@@ -395,10 +414,10 @@ def share(layer: nn.Module, bits: int) -> None:
     count = min(2**bits - 1, len(np.unique(values)))
     centroids = np.zeros(0, np.float32)
     if count:
-        linear = np.linspace(values.min(), values.max(), count, dtype=np.float32)
-        found = KMeans(count, init=linear[:, None], n_init=1, tol=0).fit(values[:, None])
+        linear = np.linspace(values.min(), values.max(), count, dtype=np.float32)[:, None]
+        found = KMeans(count, init=cast(Any, linear), n_init=cast(Any, 1), tol=0)
+        index[kept] = torch.from_numpy(found.fit_predict(values[:, None]).astype(np.int64) + 1)
         centroids = found.cluster_centers_[:, 0].astype(np.float32)
-        index[kept] = torch.from_numpy(found.labels_.astype(np.int64) + 1)
     parametrize.register_parametrization(
         layer, "weight", Sharing(index, torch.from_numpy(centroids))
     )
@@ -468,13 +487,13 @@ def pack(
         ValueError: a number in `rest` that float16 cannot hold.
     """
     layers, streams, codes = [], [], []
-    for name, (codebook, index) in shared.items():
-        flat = index.reshape(-1)
+    for name, weight in shared.items():
+        flat = weight.index.reshape(-1)
         kept = np.flatnonzero(flat)
         runs, which = to_runs(kept, run_bits)
         symbols = np.append(flat[kept], 0)[which]  # a stored zero is number -1
         sizes = []
-        for stream, kinds in ((symbols, len(codebook)), (runs, 1 << run_bits)):
+        for stream, kinds in ((symbols, len(weight.codebook)), (runs, 1 << run_bits)):
             code = huffman.code_lengths(np.bincount(stream, minlength=kinds))
             if not huffman_coded:
                 width = max(1, (kinds - 1).bit_length())
@@ -483,7 +502,8 @@ def pack(
             streams.append(coded)
             codes.append(code)
             sizes += [len(coded), len(code)]
-        layers.append([name, list(index.shape), len(runs), len(codebook), sizes])
+        shape, entries = list(weight.index.shape), len(weight.codebook)
+        layers.append([name, shape, len(runs), entries, sizes])
     tensors = {
         "streams": torch.from_numpy(np.frombuffer(bytearray(b"".join(streams)), np.uint8)),
         "lengths": torch.from_numpy(np.concatenate(codes).astype(np.uint8)),

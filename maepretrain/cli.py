@@ -36,7 +36,7 @@ maepretrain VERB [OPTIONS]     pretrain masked autoencoders from WebDataset shar
   compare -c CONFIG...         train several models for equal CPU time, and judge them alike
   checkpoint consolidate RUN   one file of a run's weights, whatever engine divided them
   export --encoder RUN         the encoder for timm, Hugging Face or the official code
-  compress --encoder RUN       a fine-tuned encoder in a tenth of its bytes or less, with accuracy
+  compress --encoder RUN       a fine-tuned encoder in a tenth of its bytes or less
   status RUN...                how far runs are, from their folders alone
 
   An encoder is a RUN folder, a file of weights, or timm:NAME.

@@ -33,6 +33,8 @@ OFFICIAL_ENCODERS = {
 
 # Under this name an exported file tells the arguments of its MaskedAutoencoder, as plain values.
 OWN_KEY = "maepretrain"
+# Under this one, what `maepretrain compress` wrote tells how to read it.
+COMPRESSED_KEY = "compressed"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -108,9 +110,14 @@ def consolidate(run: Path, ckpt_path: str = "auto", out: Path | None = None) -> 
 def _load_safetensors(path: Path) -> Any:
     try:
         with safe_open(path, "pt") as file:
-            about = (file.metadata() or {}).get(OWN_KEY)
-        return load_file(path) | ({} if about is None else {OWN_KEY: json.loads(about)})
-    except (SafetensorError, json.JSONDecodeError) as error:
+            metadata = file.metadata() or {}
+        about, state = metadata.get(OWN_KEY), load_file(path)
+        if COMPRESSED_KEY in metadata:
+            from maepretrain.compress import unpack  # it needs what is in here
+
+            state = unpack(state, metadata)
+        return state | ({} if about is None else {OWN_KEY: json.loads(about)})
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"weights {path}: no safetensors file ({error})") from error
 
 

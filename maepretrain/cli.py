@@ -42,6 +42,7 @@ maepretrain VERB [OPTIONS]     pretrain masked autoencoders from WebDataset shar
   compare -c CONFIG...         train several models for equal CPU time, and judge them alike
   checkpoint consolidate RUN   one file of a run's weights, whatever engine divided them
   export --encoder RUN         the encoder for timm, Hugging Face or the official code
+  compress --encoder RUN       a fine-tuned encoder in a tenth of its bytes or less
   status RUN...                how far runs are, from their folders alone
   report RUN... --out PAGE     one HTML page of runs: curves, pictures, figures, configuration
 
@@ -181,6 +182,13 @@ def _export(argv: list[str]) -> int:
     return export_command(argv)
 
 
+def _compress(argv: list[str]) -> int:
+    check_torch_pair()
+    from maepretrain.compress import compress_command
+
+    return compress_command(argv)
+
+
 def _checkpoint(argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print("maepretrain checkpoint consolidate RUN   (--help for its options)")
@@ -246,6 +254,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "checkpoint": _checkpoint,
     "export": _export,
+    "compress": _compress,
     "status": _status,
     "report": _report,
     "configs": _configs,

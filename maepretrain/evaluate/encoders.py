@@ -463,13 +463,16 @@ def evaluation_parser(
     return data_of_encoder(parser, OF_TRAINING)
 
 
-def data_of_encoder(parser: ArgumentParser, skip: Sequence[str] = ("seed",)) -> ArgumentParser:
+def data_of_encoder(
+    parser: ArgumentParser, skip: Sequence[str] = ("seed",), also: Sequence[str] = ()
+) -> ArgumentParser:
     """Let the section `data` start from what the run of `--encoder` was trained on; configs and
     options that are given come after and win.
 
     Args:
         parser: has the section `data`.
         skip: keys that are not taken over (one that another argument sets would be refused).
+        also: further sections and options that start from the run's.
     """
     plain = parser.parse_args
 
@@ -479,9 +482,12 @@ def data_of_encoder(parser: ArgumentParser, skip: Sequence[str] = ("seed",)) -> 
             _locate(encoder)  # otherwise the data that it would bring are what is missing
         run = None if encoder is None else run_of(encoder)
         if run is not None:
-            data = _mapping(run / "config.yaml").get("data") or {}
+            config = _mapping(run / "config.yaml")
+            data = config.get("data") or {}
             known = {key: value for key, value in data.items() if key not in skip}
-            argv = ["--data", json.dumps(known), *argv]
+            starts = {"data": known} | {name: config[name] for name in also if name in config}
+            given = [word for k, v in starts.items() for word in (f"--{k}", json.dumps(v))]
+            argv = [*given, *argv]
         return plain(argv, *args, **kwargs)
 
     cast(Any, parser).parse_args = parse_args

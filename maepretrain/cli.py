@@ -36,6 +36,7 @@ maepretrain VERB [OPTIONS]     pretrain masked autoencoders from WebDataset shar
   compare -c CONFIG...         train several models for equal CPU time, and judge them alike
   checkpoint consolidate RUN   one file of a run's weights, whatever engine divided them
   export --encoder RUN         the encoder for timm, Hugging Face or the official code
+  codec encode|decode          write an image into a small file by a compression run, and read it
   status RUN...                how far runs are, from their folders alone
 
   An encoder is a RUN folder, a file of weights, or timm:NAME.
@@ -163,6 +164,18 @@ def _compare(argv: list[str]) -> int:
     return compare_command(argv)
 
 
+def _codec(argv: list[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        print("maepretrain codec encode|decode --encoder RUN IN OUT   (--help for each)")
+        return 0
+    if not argv or argv[0] not in ("encode", "decode"):
+        raise UserError("codec needs one of: encode, decode")
+    check_torch_pair()
+    from maepretrain.codec import codec_command
+
+    return codec_command(argv[0], argv[1:])
+
+
 def _status(argv: list[str]) -> int:
     from maepretrain.status import status
 
@@ -193,6 +206,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "checkpoint": _checkpoint,
     "export": _export,
+    "codec": _codec,
     "status": _status,
     "configs": _configs,
 }

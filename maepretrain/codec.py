@@ -36,6 +36,8 @@ MAGIC, VERSION = b"\x8fMAE", 1
 # Magic, version, iterations, channels, height, width, the model's hash, bytes of the payload.
 HEADER = struct.Struct("<4sBBBxII8sI")
 CHECKSUM = struct.Struct("<I")
+# Its types are not told to a type checker.
+_stream = cast(Any, constriction).stream
 
 
 class Coder(Protocol):
@@ -171,7 +173,7 @@ def write_symbols(
     symbols: Int64[np.ndarray, "k i j"], probabilities: Float64[np.ndarray, "k s"]
 ) -> bytes:
     """Range-code each channel's symbols with its own distribution."""
-    encoder = constriction.stream.queue.RangeEncoder()
+    encoder = _stream.queue.RangeEncoder()
     for channel, p in zip(symbols, probabilities, strict=True):
         encoder.encode(channel.ravel().astype(np.int32), _distribution(p))
     return encoder.get_compressed().astype("<u4").tobytes()
@@ -188,7 +190,7 @@ def read_symbols(
     if len(payload) % 4:
         raise ValueError(f"{len(payload)} bytes of payload are no whole words")
     words = np.frombuffer(payload, "<u4").astype(np.uint32)
-    decoder = constriction.stream.queue.RangeDecoder(words)
+    decoder = _stream.queue.RangeDecoder(words)
     try:
         read = [decoder.decode(_distribution(p), sides[0] * sides[1]) for p in probabilities]
     except AssertionError as error:  # how constriction says it
@@ -198,7 +200,7 @@ def read_symbols(
 
 def _distribution(p: Float64[np.ndarray, "s"]) -> Any:
     """Rounded to 24 bits by constriction, and no symbol impossible."""
-    return constriction.stream.model.Categorical(p, perfect=False)
+    return _stream.model.Categorical(p, perfect=False)
 
 
 def psnr(a: UInt8[Tensor, "c h w"], b: UInt8[Tensor, "c h w"]) -> float:

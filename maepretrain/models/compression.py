@@ -3,9 +3,9 @@ an entropy coder writes with the probabilities of a learnt prior (Balle, Laparra
 2017, "End-to-end optimized image compression", arXiv 1611.01704).
 
 The loss is rate + weight x distortion. In training uniform noise stands for rounding (Balle et al.,
-section 3), or rounding passes its gradient straight through (Theis, Shi, Cunningham and Huszar 2017,
-"Lossy image compression with compressive autoencoders", arXiv 1703.00395, section 2.1); the rate is
-that of the noisy code in both, an upper bound of which Theis et al. speak (section 2.2).
+section 3), or rounding passes its gradient straight through (Theis, Shi, Cunningham and Huszar
+2017, "Lossy image compression with compressive autoencoders", arXiv 1703.00395, section 2.1); the
+rate is that of the noisy code in both, an upper bound for Theis et al. (section 2.2).
 
 Deviations: three stages of stride 2 and sub-pixel convolutions (Theis et al.) in the decoder; a
 mixture of logistics as the prior of each channel, whose integral is in closed form, where Balle et
@@ -234,10 +234,10 @@ class Compression(nn.Module):
 
     def decode(self, symbols: Int64[Tensor, "b k i j"]) -> Float[Tensor, "b c h w"]:
         """Images of whole strides; refined where the model refines."""
-        return self._decode(symbols)[-1]
+        return self.steps(symbols)[-1]
 
     @torch.no_grad()
-    def _decode(self, symbols: Int64[Tensor, "b k i j"]) -> list[Float[Tensor, "b c h w"]]:
+    def steps(self, symbols: Int64[Tensor, "b k i j"]) -> list[Float[Tensor, "b c h w"]]:
         """The plain decoder's images, and those of each step of refinement."""
         code = (symbols - LARGEST).float()
         plain = self.decoder(code)
@@ -246,7 +246,7 @@ class Compression(nn.Module):
     def reconstruct(self, images: Float[Tensor, "b c h w"]) -> Reconstruction:
         """What is decoded from the rounded code."""
         h, w = images.shape[2:]
-        found = self._decode(self.symbols(images))
+        found = self.steps(self.symbols(images))
         return Reconstruction(images, found[0][:, :, :h, :w], found[-1][:, :, :h, :w])
 
     def layers(self) -> list[list[nn.Parameter]]:

@@ -198,10 +198,10 @@ class ResidualCoder(nn.Module):
 
     def decode(self, symbols: Int64[Tensor, "b tk i j"]) -> Float[Tensor, "b c h w"]:
         """Images of whole strides from the bits of any number of iterations."""
-        return self._decode(symbols)[-1]
+        return self.steps(symbols)[-1]
 
     @torch.no_grad()
-    def _decode(self, symbols: Int64[Tensor, "b tk i j"]) -> list[Float[Tensor, "b c h w"]]:
+    def steps(self, symbols: Int64[Tensor, "b tk i j"]) -> list[Float[Tensor, "b c h w"]]:
         known: States = [None] * len(self.decoder.cells)
         estimates: list[Tensor] = []
         for bits in (2 * symbols - 1).float().split(self.bits, 1):
@@ -212,7 +212,7 @@ class ResidualCoder(nn.Module):
     def reconstruct(self, images: Float[Tensor, "b c h w"]) -> Reconstruction:
         """What is decoded from the bits of one iteration, and of all."""
         h, w = images.shape[2:]
-        found = self._decode(self.symbols(images, self.iterations))
+        found = self.steps(self.symbols(images, self.iterations))
         return Reconstruction(images, found[0][:, :, :h, :w], found[-1][:, :, :h, :w])
 
     def layers(self) -> list[list[nn.Parameter]]:

@@ -1,11 +1,11 @@
 """Learnt image compression beside JPEG and WebP: rate and distortion on photographs held out.
 
-    python examples/compression.py [--out compression] [--epochs 30] [--docs docs]
+    python examples/compression.py [--out compression] [--epochs 20] [--docs docs]
 
-Photographs of scikit-image and scikit-learn, which come with their packages: four in colour and four
-in gray to train on, three to measure on; no photograph is in both. Three models of ae/compression
-for three rates, and one of ae/compression_residual, which has all rates. All sizes are those of
-whole files, headers too. Draws compression.png and writes the table compression.md.
+Photographs of scikit-image and scikit-learn, which come with their packages: four in colour and
+four in gray to train on, three to measure on; no photograph is in both. Three models of
+ae/compression for three rates, and one of ae/compression_residual, which has all rates. All sizes
+are those of whole files, headers too. Draws compression.png and writes the table compression.md.
 """
 
 import argparse
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("compression"), help="folder of the runs")
     parser.add_argument("--docs", type=Path, help="folder of the picture and table; default --out")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=20)
     options = parser.parse_args(argv)
     out, docs = options.out, options.docs or options.out
     write(out, {"train": TRAIN + TRAIN_GRAY, "test": HELD_OUT})

@@ -15,7 +15,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import constriction
 import numpy as np
@@ -40,6 +40,7 @@ CHECKSUM = struct.Struct("<I")
 _stream = cast(Any, constriction).stream
 
 
+@runtime_checkable
 class Coder(Protocol):
     """What a model offers that files can be written by."""
 
@@ -92,7 +93,8 @@ class Codec:
             )
         assert run is not None, "only a run holds such a model"
         data = yaml.safe_load((run / "config.yaml").read_text())["data"]
-        return cls(model, Normalise(data["mean"], data["std"]), data["channels"])
+        normalise = Normalise(tuple(data["mean"]), tuple(data["std"]))
+        return cls(model, normalise, data["channels"])
 
     def fingerprint(self) -> bytes:
         """Eight bytes of a hash of all weights and of the probabilities made of them."""

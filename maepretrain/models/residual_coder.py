@@ -5,18 +5,21 @@ recurrent neural networks", arXiv 1608.05148): one model for all rates.
 Each iteration encodes what is still missing of the image into bits, and decodes them; encoder and
 decoder remember earlier iterations. A file holds as many iterations as were asked for.
 
-    b_t = B(E_t(r_{t-1})),  x_t = x_{t-1} + D_t(b_t),  r_t = x - x_t,  r_0 = x
+    b_t = B(E_t(g_t r_{t-1})),  x_t = x_{t-1} + D_t(b_t) / g_t,  r_t = x - x_t,  r_0 = x
 
-(2017, equations 1 and 2, the additive kind of section 3.2). The binariser draws +1 with probability
-(1 + y) / 2 in training, passes its gradient straight through, and takes the sign otherwise (2016,
-section 3.2). The loss is the mean |r_t| over the iterations (2017, equation 3).
+(2017, equations 1 and 2, the additive kind; its "residual scaling" has the gains g_t). The
+binariser draws +1 with probability (1 + y) / 2 in training, passes its gradient straight through,
+and takes the sign otherwise (2016, section 3.2). The loss is the mean |r_t| over the iterations
+(2017, equation 3).
 
 Deviations: stride 8, fewer and narrower layers, GRUs (the 2017 paper tries them beside LSTMs); one
-learnt probability for each bit of each iteration, at all places, in the place of BinaryRNN.
+learnt probability for each bit of each iteration, at all places, in the place of BinaryRNN; a
+learnt gain for each iteration, where the paper estimates one for each patch.
 
 Axes: b images, c channels, h w sides, t iterations, k bits of an iteration, i j sides of the code.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,6 +33,8 @@ from maepretrain.models.refinement import ConvGRU, initialise
 from maepretrain.randomness import uniform
 
 Batch = dict[str, Tensor]
+# Of what is missing, from one iteration to the next, before training.
+GAIN = 1.25
 # Of each recurrent layer; None before the first iteration.
 States = list[Tensor | None]
 
@@ -85,7 +90,7 @@ class Decoder(nn.Module):
 class ResidualCoder(nn.Module):
     """Minimises the mean absolute residual after each iteration.
 
-    Initial values: xavier-uniform weights, zero biases; all bits equally probable.
+    Initial values: xavier-uniform weights, zero biases; gains GAIN^t; all bits equally probable.
 
     Args:
         image_size: side of the square images, or [height, width], that `encode` makes features of;
@@ -121,6 +126,8 @@ class ResidualCoder(nn.Module):
         self.encoder = Encoder(channels, width, bits)
         self.decoder = Decoder(channels, width, bits)
         initialise(self)
+        # What is missing gets smaller; without gains, later iterations made tiny models worse.
+        self.log_gain = nn.Parameter(math.log(GAIN) * torch.arange(iterations).float())
         # Log-odds of a one.
         self.prior = nn.Parameter(torch.zeros(iterations, bits))
 
@@ -160,7 +167,8 @@ class ResidualCoder(nn.Module):
         remembered: States = [None] * len(self.encoder.cells)
         known: States = [None] * len(self.decoder.cells)
         for t in range(iterations):
-            y, remembered = self.encoder(x - estimate, remembered)
+            gain = self.log_gain[t].exp()
+            y, remembered = self.encoder(gain * (x - estimate), remembered)
             if position is None:
                 drawn = sign(y)
             else:
@@ -168,7 +176,7 @@ class ResidualCoder(nn.Module):
                 drawn = binarise(y, noise)
             bits.append(drawn)
             change, known = self.decoder(drawn, known)
-            estimate = estimate + change
+            estimate = estimate + change / gain
             estimates.append(estimate[:, :, :h, :w])
         return bits, estimates
 
@@ -204,8 +212,9 @@ class ResidualCoder(nn.Module):
     def steps(self, symbols: Int64[Tensor, "b tk i j"]) -> list[Float[Tensor, "b c h w"]]:
         known: States = [None] * len(self.decoder.cells)
         estimates: list[Tensor] = []
-        for bits in (2 * symbols - 1).float().split(self.bits, 1):
+        for t, bits in enumerate((2 * symbols - 1).float().split(self.bits, 1)):
             change, known = self.decoder(bits, known)
+            change = change / self.log_gain[t].exp()
             estimates.append(estimates[-1] + change if estimates else change)
         return estimates
 

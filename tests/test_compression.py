@@ -172,7 +172,8 @@ def test_the_refinement_leaves_the_rest_alone() -> None:
     assert plain.keys() == shared.keys()
     for name, parameter in shared.items():
         assert torch.equal(parameter, plain[name])
-        assert parameter.grad is not None and torch.equal(parameter.grad, plain[name].grad)
+        found, expected = parameter.grad, plain[name].grad
+        assert found is not None and expected is not None and torch.equal(found, expected)
 
 
 def test_evaluation_is_the_files_rate_and_the_reconstructions_error() -> None:

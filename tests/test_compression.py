@@ -114,9 +114,9 @@ def test_divisive_normalisation_equals_loops(inverse: bool) -> None:
     for c in range(3):
         for i in range(2):
             for j in range(2):
-                norm = float(gdn.beta[c])
+                norm = gdn.beta[c].item()
                 norm += sum(
-                    abs(float(gdn.gamma[c, d])) * float(x[0, d, i, j]) ** 2 for d in range(3)
+                    abs(gdn.gamma[c, d].item()) * x[0, d, i, j].item() ** 2 for d in range(3)
                 )
                 root = math.sqrt(norm)
                 expected = float(x[0, c, i, j]) * (root if inverse else 1 / root)

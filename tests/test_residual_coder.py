@@ -107,7 +107,7 @@ def test_more_iterations_are_more_bits_and_not_less_quality(iterations: int, ste
         quality.append(peak_signal_noise_ratio(image.numpy(), decoded.numpy(), data_range=2))
         bits.append(float(table_bits(symbols, model.probabilities(t))))
     assert bits == sorted(bits) and bits[-1] > 1.6 * bits[0]
-    assert quality == sorted(quality) and quality[-1] > quality[0] + 1
+    assert quality == sorted(quality) and quality[-1] > quality[0] + 0.5
 
 
 def test_halves_average_to_the_whole() -> None:

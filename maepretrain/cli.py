@@ -43,6 +43,7 @@ maepretrain VERB [OPTIONS]     pretrain masked autoencoders from WebDataset shar
   checkpoint consolidate RUN   one file of a run's weights, whatever engine divided them
   export --encoder RUN         the encoder for timm, Hugging Face or the official code
   compress --encoder RUN       a fine-tuned encoder in a tenth of its bytes or less
+  codec encode|decode          write an image into a small file by a compression run, and read it
   status RUN...                how far runs are, from their folders alone
   report RUN... --out PAGE     one HTML page of runs: curves, pictures, figures, configuration
 
@@ -211,6 +212,18 @@ def _compare(argv: list[str]) -> int:
     return compare_command(argv)
 
 
+def _codec(argv: list[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        print("maepretrain codec encode|decode --encoder RUN IN OUT   (--help for each)")
+        return 0
+    if not argv or argv[0] not in ("encode", "decode"):
+        raise UserError("codec needs one of: encode, decode")
+    check_torch_pair()
+    from maepretrain.codec import codec_command
+
+    return codec_command(argv[0], argv[1:])
+
+
 def _status(argv: list[str]) -> int:
     from maepretrain.status import status
 
@@ -255,6 +268,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "checkpoint": _checkpoint,
     "export": _export,
     "compress": _compress,
+    "codec": _codec,
     "status": _status,
     "report": _report,
     "configs": _configs,

@@ -16,6 +16,7 @@ from maepretrain.distributed import is_rank_zero, quiet_lightning
 from maepretrain.models.adversarial import Adversarial  # noqa: F401
 from maepretrain.models.autoencoder import Autoencoder  # noqa: F401
 from maepretrain.models.coders import Convolutional, Dense  # noqa: F401
+from maepretrain.models.compression import Compression  # noqa: F401
 from maepretrain.models.contractive import Contractive  # noqa: F401
 from maepretrain.models.denoising import Denoising  # noqa: F401
 from maepretrain.models.generative_stochastic import GenerativeStochastic  # noqa: F401
@@ -23,6 +24,7 @@ from maepretrain.models.helmholtz import Helmholtz  # noqa: F401
 from maepretrain.models.mae import MaskedAutoencoder  # noqa: F401
 from maepretrain.models.predictive_sparse import PredictiveSparse  # noqa: F401
 from maepretrain.models.recirculation import Recirculation  # noqa: F401
+from maepretrain.models.residual_coder import ResidualCoder  # noqa: F401
 from maepretrain.models.semantic_hashing import SemanticHashing  # noqa: F401
 from maepretrain.models.sparse import Sparse  # noqa: F401
 from maepretrain.models.stacked import Stacked  # noqa: F401

@@ -18,6 +18,10 @@ CONFIGS = [name for name in shipped_configs() if name.startswith("ae/")]
 IMAGES = [name for name in CONFIGS if name != "ae/ecg"]
 
 
+# Of configs for images in colour.
+GRAY = ("--data.channels", "1", "--data.mean", "[0.5]", "--data.std", "[0.5]")
+
+
 def options(name: str, shards: Path, run: Path, steps: int) -> list[str]:
     """The config on 150 digits of 16 x 16, 30 a step."""
     return [
@@ -26,6 +30,7 @@ def options(name: str, shards: Path, run: Path, steps: int) -> list[str]:
         *("--data.image_size", "16", "--data.global_batch", "30", "--data.num_workers", "0"),
         *("--data.flip", "0", "--optim.warmup_epochs", "0", "--trainer.log_every_n_steps", "1"),
         *("--trainer.accelerator", "cpu", "--trainer.check_val_every_n_epoch", "100"),
+        *(GRAY if name.startswith("ae/compression") else ()),
     ]
 
 

@@ -1,0 +1,242 @@
+"""Learnt image compression beside JPEG and WebP: rate and distortion on photographs held out.
+
+    python examples/compression.py [--out compression] [--epochs N] [--docs docs]
+
+Photographs of scikit-image and scikit-learn, which come with their packages: four in colour and
+four in gray to train on, three to measure on; no photograph is in both. Three models of
+ae/compression for three rates, and one of ae/compression_residual, which has all rates. All sizes
+are those of whole files, headers too. Draws compression.png and writes the table compression.md.
+"""
+
+import argparse
+import io
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+from maepretrain.codec import Codec, psnr
+from maepretrain.data.write import ImageFolder, write_shards
+from maepretrain.experiments import pretrain_command
+
+TRAIN = ("astronaut", "rocket", "china", "flower")
+TRAIN_GRAY = ("camera", "brick", "grass", "gravel")
+HELD_OUT = ("chelsea", "coffee", "motorcycle")
+# Side of the pieces that training crops, and the distance from one to the next.
+TILE, STEP = 96, 48
+WEIGHTS = (30, 100, 300)
+QUALITIES = (5, 10, 20, 30, 50, 70, 85)
+Pixels = UInt8[np.ndarray, "h w 3"]
+
+
+class Point(NamedTuple):
+    """Means over the held-out photographs."""
+
+    bpp: float
+    psnr: float
+    ms_ssim: float
+
+
+def photograph(name: str) -> Pixels:
+    """One of the packages' photographs in RGB."""
+    import skimage.data
+    from sklearn.datasets import load_sample_image
+
+    if name in ("china", "flower"):
+        return load_sample_image(f"{name}.jpg")
+    if name == "motorcycle":  # the left one of two views
+        return skimage.data.stereo_motorcycle()[0]
+    image = getattr(skimage.data, name)()
+    return np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image[..., :3]
+
+
+def write(out: Path, names: dict[str, tuple[str, ...]]) -> None:
+    """Shards of overlapping pieces of the photographs of each split."""
+    for split, chosen in names.items():
+        folder = out / "tiles" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in chosen:
+            image = photograph(name)
+            h, w = (side - TILE + 1 for side in image.shape[:2])
+            places = [(i, j) for i in range(0, h, STEP) for j in range(0, w, STEP)]
+            for i, j in places:
+                tile = Image.fromarray(image[i : i + TILE, j : j + TILE])
+                tile.save(folder / f"{name}-{i:04d}-{j:04d}.png")
+        write_shards(ImageFolder(folder), out / "shards", split)
+
+
+def train(out: Path, config: str, run: Path, epochs: int | None, *more: str) -> None:
+    """One run, unless the folder holds it already."""
+    if (run / "checkpoints/last.ckpt").exists():
+        print(f"{run} is there already")
+        return
+    shards = out / "shards"
+    data = ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
+    command = ["-c", config, "--run", str(run), *data, *more]
+    if epochs is not None:
+        command += ["--trainer.max_epochs", str(epochs), "--trainer.check_val_every_n_epoch", "1"]
+    if pretrain_command(command):
+        raise SystemExit("stopped")
+
+
+def ms_ssim(a: Pixels, b: Pixels) -> float:
+    """Multi-scale structural similarity (Wang, Simoncelli and Bovik 2003), torchmetrics'."""
+    # In float32: double takes twelve times as long, and differs in the sixth digit.
+    x, y = (torch.from_numpy(i.copy()).movedim(2, 0)[None].float() / 255 for i in (a, b))
+    found = multiscale_structural_similarity_index_measure(x, y, data_range=1.0)
+    return float(cast(Tensor, found))
+
+
+def measure(images: list[Pixels], through: Callable[[Pixels], tuple[int, Pixels]]) -> Point:
+    """Mean rate and distortion; `through` gives the size in bytes and what is decoded."""
+    rows = []
+    for image in images:
+        size, decoded = through(image)
+        a, b = (torch.from_numpy(i.copy()).movedim(2, 0) for i in (image, decoded))
+        rows.append((8 * size / image[..., 0].size, psnr(a, b), ms_ssim(image, decoded)))
+    return Point(*np.mean(rows, 0).tolist())
+
+
+def through_pillow(image: Pixels, kind: str, quality: int) -> tuple[int, Pixels]:
+    """Pillow's JPEG or WebP, each with its encoder's full effort."""
+    buffer = io.BytesIO()
+    options = {"optimize": True} if kind == "JPEG" else {"method": 6}
+    Image.fromarray(image).save(buffer, kind, quality=quality, **options)
+    return len(buffer.getvalue()), np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def through_codec(image: Pixels, codec: Codec, iterations: int | None = None) -> tuple[int, Pixels]:
+    """A file of a run's own, on disk and back."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.mae"
+        pixels = torch.from_numpy(image.copy()).movedim(2, 0)
+        path.write_bytes(codec.encode(pixels, iterations).data)
+        decoded = codec.pixels(codec.decode(path.read_bytes()))
+        return path.stat().st_size, decoded.movedim(0, 2).numpy()
+
+
+@torch.no_grad()
+def steps_of_refinement(images: list[Pixels], codec: Codec) -> list[float]:
+    """Mean PSNR of the plain decoder and after each step, from the same bits."""
+    rows = []
+    for image in images:
+        pixels = torch.from_numpy(image.copy()).movedim(2, 0)
+        model, (h, w) = codec.model, image.shape[:2]
+        decoded = model.steps(model.symbols(codec.normalise(pixels[None]), 1))  # type: ignore
+        rows.append([psnr(pixels, codec.pixels(x[0, :, :h, :w])) for x in decoded])
+    return np.mean(rows, 0).tolist()
+
+
+def lead(point: Point, curve: list[Point]) -> float:
+    """PSNR above a curve at the point's rate, in dB, on straight lines over the logarithm of the
+    rate; NaN where the curve has no such rate."""
+    rates = np.log([p.bpp for p in curve])
+    other = np.interp(np.log(point.bpp), rates, [p.psnr for p in curve], np.nan, np.nan)
+    return point.psnr - float(other)
+
+
+def draw(curves: dict[str, list[Point]], path: Path) -> None:
+    """Two diagrams: PSNR and MS-SSIM over bits per pixel."""
+    figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
+    for ax, what, name in zip(
+        figure.subplots(1, 2), ("psnr", "ms_ssim"), ("PSNR in dB", "MS-SSIM"), strict=True
+    ):
+        for label, points in curves.items():
+            style = "--" if label in ("JPEG", "WebP") else "-"
+            values = [getattr(p, what) for p in points]
+            ax.plot([p.bpp for p in points], values, style, marker="o", markersize=4, label=label)
+        ax.set(xlabel="bits per pixel", ylabel=name, xscale="log")
+        ax.grid(alpha=0.3, which="both")
+    figure.axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+INTRODUCTION = """\
+# Learnt image compression beside JPEG and WebP
+
+`python examples/compression.py`: means over {held_out}, which no model was trained on, of whole
+files, written and read back. The models learnt from {train}: minutes of one CPU core for each.
+
+![Rate and distortion](compression.png)
+
+"""
+REFINEMENT = """
+## Iterative decoding
+
+PSNR of the same bits: after the plain decoder, and after each step of refinement.
+
+"""
+
+
+def table(curves: dict[str, list[Point]]) -> str:
+    """Markdown: one row a point, with its lead over JPEG."""
+    lines = ["| coder | bits per pixel | PSNR, dB | MS-SSIM | to JPEG at that rate, dB |"]
+    lines.append("|---|---|---|---|---|")
+    for name, points in curves.items():
+        for p in points:
+            gap = lead(p, curves["JPEG"])
+            shown = "" if name == "JPEG" else "out of its range" if np.isnan(gap) else f"{gap:+.2f}"
+            lines.append(f"| {name} | {p.bpp:.3f} | {p.psnr:.2f} | {p.ms_ssim:.4f} | {shown} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when all trainings came to their end."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("compression"), help="folder of the runs")
+    parser.add_argument("--docs", type=Path, help="folder of the picture and table; default --out")
+    parser.add_argument("--epochs", type=int, help="default: those of the configs")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    out, docs = options.out, options.docs or options.out
+    write(out, {"train": TRAIN + TRAIN_GRAY, "test": HELD_OUT})
+    runs = {weight: out / f"weight-{weight}" for weight in WEIGHTS}
+    for weight, run in runs.items():
+        train(out, "ae/compression", run, options.epochs, "--model.weight", str(weight))
+    train(out, "ae/compression_residual", out / "residual", options.epochs)
+    report([photograph(name) for name in HELD_OUT], list(runs.values()), out / "residual", docs)
+    return 0
+
+
+def report(images: list[Pixels], runs: list[Path], residual: Path, docs: Path) -> None:
+    """Measure, print, draw and write."""
+    codecs = [Codec.load(str(run)) for run in runs]
+    recurrent = Codec.load(str(residual))
+    times = range(1, recurrent.model.iterations + 1)
+    curves: dict[str, list[Point]] = {
+        "convolutional, refined": [
+            measure(images, lambda i, c=c: through_codec(i, c)) for c in codecs
+        ],
+        "recurrent residual": [
+            measure(images, lambda i, t=t: through_codec(i, recurrent, t)) for t in times
+        ],
+    }
+    for kind, name in (("JPEG", "JPEG"), ("WEBP", "WebP")):
+        curves[name] = [
+            measure(images, lambda i, k=kind, q=q: through_pillow(i, k, q)) for q in QUALITIES
+        ]
+    steps = [steps_of_refinement(images, codec) for codec in codecs]
+    lines = ["| run | plain decoder, dB | after each step, dB | gain, dB |", "|---|---|---|---|"]
+    for run, found in zip(runs, steps, strict=True):
+        each = " ".join(f"{value:.2f}" for value in found[1:])
+        lines.append(f"| {run.name} | {found[0]:.2f} | {each} | {found[-1] - found[0]:+.2f} |")
+    names = {"held_out": ", ".join(HELD_OUT), "train": ", ".join(TRAIN + TRAIN_GRAY)}
+    text = table(curves) + "\n" + REFINEMENT + "\n".join(lines) + "\n"
+    print(text)
+    draw(curves, docs / "compression.png")
+    (docs / "compression.md").write_text(INTRODUCTION.format(**names) + text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

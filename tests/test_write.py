@@ -670,7 +670,7 @@ def test_settings_out_of_range_are_refused(tmp_path: Path, settings: Any, messag
 
 def test_a_folder_without_images_is_refused(tmp_path: Path):
     put(tmp_path / "src", "class/.hidden.jpg", pixels(0))
-    put(tmp_path / "src", "class/text.txt", b"")
+    put(tmp_path / "src", "class/text.md", b"")
     with pytest.raises(ShardError, match=rf"{tmp_path}/src holds no images \(.jpg, "):
         write_shards(ImageFolder(tmp_path / "src"), tmp_path / "dst")
 

@@ -170,12 +170,12 @@ class MaskedTokens(nn.Module):
         real = tokens != PADDING
         length = real.sum(1, keepdim=True)
         noise = uniform(self.seed, "mask", position, self.length).masked_fill(~real, 2.0)
-        shuffled = noise.argsort(1, stable=True)  # the text's places, then those after its end
+        shuffled = torch.argsort(noise, dim=1, stable=True)  # the text's places, then those after its end
         slot = torch.arange(self.length, device=tokens.device)
         # Hidden ones come first, then what is after the end, then the visible ones.
         group = torch.where(slot < length, 2, 1)
         group = torch.where(slot < self._buffer("hidden")[length], 0, group)
-        order = shuffled.gather(1, group.argsort(1, stable=True))
+        order = shuffled.gather(1, torch.argsort(group, dim=1, stable=True))
         return order[:, self.masked :], order[:, : self.masked]
 
     def encode(self, images: Shaped[Tensor, "b c *size"]) -> Float[Tensor, "b d"]:

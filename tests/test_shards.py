@@ -460,6 +460,20 @@ def test_sparse_members_are_not_read(tmp_path: Path):
     assert shard.faults[DAMAGED_SHARD] == ["member a.ppm has holes (tar --sparse)"]
 
 
+def test_texts_are_inputs_where_no_image_is(tmp_path: Path):
+    """Beside images they are captions, that of a lost image too; order in the tar is no matter."""
+    by_python(tmp_path / "text.tar", {"a.txt": b"one", "a.cls": b"3", "b.md": b"x", "c.txt": b""})
+    (shard,) = open_shards(str(tmp_path / "text.tar"))
+    assert ours(tmp_path / "text.tar") == [("a", "txt", b"one", 3), ("c", "txt", b"", -1)]
+    assert shard.faults == {MISSING_INPUT: ["b"]}
+    captioned = {"a.txt": b"one", "a.webp": image(1), "b.txt": b"lost", "c.png": image(2)}
+    by_python(tmp_path / "captioned.tar", captioned)
+    (shard,) = open_shards(str(tmp_path / "captioned.tar"))
+    found = [("a", "webp", image(1), -1), ("c", "png", image(2), -1)]
+    assert ours(tmp_path / "captioned.tar") == found
+    assert shard.faults == {MISSING_INPUT: ["b"]} and shard.further_inputs == 0
+
+
 def test_a_tar_without_samples_is_an_empty_shard(tmp_path: Path):
     by_python(tmp_path / "empty.tar", {})
     by_python(tmp_path / "text.tar", {"a.md": b"1"})

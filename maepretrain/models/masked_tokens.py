@@ -170,7 +170,9 @@ class MaskedTokens(nn.Module):
         real = tokens != PADDING
         length = real.sum(1, keepdim=True)
         noise = uniform(self.seed, "mask", position, self.length).masked_fill(~real, 2.0)
-        shuffled = torch.argsort(noise, dim=1, stable=True)  # the text's places, then those after its end
+        shuffled = torch.argsort(
+            noise, dim=1, stable=True
+        )  # the text's places, then those after its end
         slot = torch.arange(self.length, device=tokens.device)
         # Hidden ones come first, then what is after the end, then the visible ones.
         group = torch.where(slot < length, 2, 1)

@@ -16,6 +16,7 @@ import sys
 import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -82,7 +83,7 @@ class Counts:
         self.between: defaultdict[tuple[int, int], Counter[int]] = defaultdict(Counter)
         for text in texts:
             self.alone.update(text)
-            for left, byte in zip(text, text[1:], strict=False):
+            for left, byte in pairwise(text):
                 self.after[left][byte] += 1
                 self.before[byte][left] += 1
             for left, byte, right in zip(text, text[1:], text[2:], strict=False):

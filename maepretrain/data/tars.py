@@ -97,9 +97,9 @@ def scan(path: Path) -> tuple[dict[str, Any], Columns]:
 
     The input of a sample is its first member with an image extension, in any case (`.JPEG`); an
     extension without dots goes before one with (`jpg` before `depth.png`). `.txt` is the input of
-    shards that hold nothing else; beside images it is a caption and passed over. The label comes from
-    `.cls` as text, else from `label` or `cls` in `.json`. Other members are passed over; further
-    images of a sample are counted.
+    shards that hold nothing else; beside images it is a caption and passed over. The label comes
+    from `.cls` as text, else from `label` or `cls` in `.json`. Other members are passed over;
+    further images of a sample are counted.
 
     What is wrong is listed in the head's `faults`, by kind, and the rest of the shard is used. A
     tar that ends early loses the sample at its end, of which more may have followed.

@@ -81,7 +81,8 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class ImageFolder(Source):
-    """A folder of images, or of `.txt` files where it holds none, at any depth; the class is the first sub-folder, -1 for images beside it.
+    """A folder of images at any depth, or of `.txt` files where it holds no image; the class is the
+    first sub-folder, -1 for files beside it.
 
     `.npy` arrays, be they images or signals, count as images here. Classes are numbered in sorted
     order, empty ones too: parts of a data set agree on the numbers. Hidden files and folders are no

@@ -1,8 +1,8 @@
 """Masked autoencoder of token sequences: masked language models are denoising autoencoders.
 
 With mask tokens in the encoder it is BERT's objective (Devlin et al. 2018, arXiv 1810.04805,
-section 3.1); without, an encoder that sees visible tokens only and a small decoder with mask tokens,
-the masked autoencoder's (He et al. 2021, arXiv 2111.06377, section 3).
+section 3.1); without, the encoder sees visible tokens only and a small decoder has the mask tokens,
+as in the masked autoencoder (He et al. 2021, arXiv 2111.06377, section 3).
 
 Deviations from BERT: every token that is predicted was masked (none is kept, none replaced by
 another); positions are fixed; one sentence, no next-sentence loss. Masks are a pure function of
@@ -237,5 +237,5 @@ def _block(d: int, heads: int) -> Block:
 
 
 def _positions(d: int, length: int) -> Float[Tensor, "t d"]:
-    """Sin-cos positions in one dimension: the half of the two-dimensional ones that is a column's."""
+    """Sin-cos positions in one dimension: the columns' half of two-dimensional ones."""
     return sincos_positions(2 * d, (1, length), 0)[0, :, :d]

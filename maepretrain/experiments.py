@@ -22,6 +22,7 @@ from maepretrain.models.denoising import Denoising  # noqa: F401
 from maepretrain.models.generative_stochastic import GenerativeStochastic  # noqa: F401
 from maepretrain.models.helmholtz import Helmholtz  # noqa: F401
 from maepretrain.models.mae import MaskedAutoencoder  # noqa: F401
+from maepretrain.models.masked_tokens import MaskedTokens  # noqa: F401
 from maepretrain.models.predictive_sparse import PredictiveSparse  # noqa: F401
 from maepretrain.models.recirculation import Recirculation  # noqa: F401
 from maepretrain.models.residual_coder import ResidualCoder  # noqa: F401

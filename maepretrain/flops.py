@@ -60,11 +60,18 @@ def flops(model: nn.Module, batch: Batch) -> Flops:
     """
     if isinstance(model, MaskedAutoencoder):
         return _of_masked_autoencoder(model, batch["input"])
+    batch = as_taken(model, batch)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return _counted(imitate(model), {k: torch.empty_like(v) for k, v in batch.items()})
     except DataDependentOutputException:  # its forward looks at values
         return _counted(copy.deepcopy(model), batch)
+
+
+def as_taken(model: nn.Module, batch: Batch) -> Batch:
+    """The batch, its `input` of the type that the model says it takes: `input_dtype`, of tokens."""
+    taken = cast(torch.dtype, getattr(model, "input_dtype", batch["input"].dtype))
+    return batch | {"input": batch["input"].to(taken)}
 
 
 def _of_masked_autoencoder(model: MaskedAutoencoder, images: Tensor) -> Flops:

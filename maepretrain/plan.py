@@ -47,7 +47,7 @@ from maepretrain.evaluate.encoders import fresh_encoder
 from maepretrain.evaluate.finetune import finetune_parser
 from maepretrain.evaluate.results import print_columns
 from maepretrain.experiments import pretrain_parser
-from maepretrain.flops import Batch, Flops, flops, imitate, peak_of
+from maepretrain.flops import Batch, Flops, as_taken, flops, imitate, peak_of
 from maepretrain.models.decoders import CrossBlock
 from maepretrain.models.mae import MaskedAutoencoder
 from maepretrain.training import Normalise, in_steps
@@ -296,6 +296,7 @@ def kept(model: nn.Module, batch: Batch, dtype: torch.dtype | None) -> tuple[int
         ]
         blocks[type(block), *shapes] = block, given
 
+    batch = as_taken(model, batch)
     recomputes = any(getattr(m, "activation_checkpointing", False) for m in model.modules())
     found = [b for b in model.modules() if recomputes and isinstance(b, Block | CrossBlock)]
     hooks = [block.register_forward_pre_hook(remember) for block in found]

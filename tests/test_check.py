@@ -263,6 +263,14 @@ def test_inputs_are_decoded_as_training_decodes_them(tmp_path: Path):
     assert [row[2] for row in found(tmp_path, Asked(3))] == ["b"]
 
 
+def test_texts_are_decoded_as_training_decodes_them(tmp_path: Path):
+    texts = {"a": b"a text", "b": b"", "c": b"short"}
+    write_tar(tmp_path / "s.tar", [(f"{k}.txt", text) for k, text in texts.items()])
+    for length in (None, 6, 100):
+        assert found(tmp_path, Asked(1, length=length)) == [("unreadable input", "s.tar", "b")]
+    assert notes(tmp_path, Asked(1))[0].endswith("s.tar, b: the text is empty")
+
+
 def test_unlabelled_sets_are_no_fault(tmp_path: Path):
     write_tar(tmp_path / "s.tar", [*sample(1, None), *sample(2, None)])
     report = check_shards([f"{tmp_path}/s.tar"], Asked())

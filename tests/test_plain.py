@@ -139,6 +139,28 @@ def test_too_many_unreadable_images_end_it(tmp_path: Path):
         next(iter(reading(f"{tmp_path}/a.tar", tmp_path, stream)))
 
 
+def test_a_text_beside_an_image_is_its_caption(tmp_path: Path):
+    """Also where it comes first in the tar."""
+    import io
+    import tarfile
+
+    from PIL import Image
+
+    picture = io.BytesIO()
+    Image.new("L", (8, 8), 7).save(picture, "PNG")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (
+            ("a.txt", b"seven"),
+            ("a.webp", picture.getvalue()),
+            ("a.cls", b"1"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    stream = Stream(2, 1, world_size=1, rank=0, accumulation=1)
+    assert numbers(reading(f"{tmp_path}/a.tar", tmp_path, stream)) == [1, 1]
+
+
 def test_an_epoch_is_a_number_of_draws():
     order = PlainOrder(16, 100)
     assert order.steps_per_epoch == 6 and "exact resume is off" in order.describe()

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import random
 import tarfile
 from pathlib import Path
 
@@ -308,6 +309,49 @@ def test_signals(tmp_path: Path, dtype: str):
             assert crop[0].tolist() == arrays[int(key)][start : start + 16].tolist()
             starts.add(start)
     assert len(starts) > 10
+
+
+def test_windows_of_texts_are_bytes_of_the_member(tmp_path: Path):
+    """At random in training, the centre in evaluation; short texts end in padding."""
+    texts = [bytes(random.Random(i).choices(range(256), k=n)) for i, n in enumerate((40, 16, 5, 1))]
+    index = opened(tmp_path / "a.tar", {f"{i}.txt": text for i, text in enumerate(texts)})
+    on_disk = (tmp_path / "a.tar").read_bytes()
+    centre = Samples(index, 1, SignalCrop(16)).__getitems__([0, 1, 2, 3])["input"]
+    assert centre.shape == (4, 1, 16) and centre.dtype == torch.int64
+    assert bytes(centre[0, 0].tolist()) == texts[0][12:28]
+    samples = Samples(index, 1, SignalCrop(16), EpochOrder(index.counts, 4, 1), 1)
+    starts = set()
+    for first in range(0, 80, 4):
+        positions = list(range(first, first + 4))
+        batch, keys = samples.__getitems__(positions), keys_of(samples, positions)
+        u = uniform(1, "crop", torch.tensor(positions), UNIFORMS)
+        for crop, key, numbers in zip(batch["input"], keys, u, strict=True):
+            text = texts[int(key)]
+            start = int(float(numbers[0]) * (max(len(text), 16) - 15))
+            window = text[start : start + 16]
+            assert crop[0].tolist() == [*window, *[256] * (16 - len(window))]
+            assert window in on_disk
+            starts.add((key, start))
+    assert len(starts) > 10
+
+
+def test_a_text_that_is_empty_or_no_text_is_a_fault(tmp_path: Path):
+    files = {"a.txt": b"", "b.txt": b"some text", "c.txt": b"", "d.txt": b"more"}
+    samples = Samples(opened(tmp_path / "a.tar", files), 1, SignalCrop(4))
+    batch = samples.__getitems__([0, 1, 2, 3])
+    windows = [bytes(row[0].tolist()) for row in batch["input"]]
+    assert windows == [b"me t", b"me t", b"more", b"more"]
+    faults = samples.faults(batch)
+    assert [(f.kind, f.key, f.replaced_by) for f in faults] == [
+        (CORRUPT_INPUT, "a", "b"),
+        (CORRUPT_INPUT, "c", "d"),
+    ]
+    images = Samples(samples.index, 1, CentreCrop(4, 4))
+    with pytest.raises(ShardError, match="none of its 4 samples can be read: unreadable input"):
+        images[0]
+    coloured = Samples(samples.index, 3, SignalCrop(4))
+    with pytest.raises(ShardError, match="is no signal of 3 channels"):
+        coloured[1]
 
 
 def test_a_signal_that_is_too_short_or_an_image_is_a_fault(tmp_path: Path):

@@ -460,9 +460,23 @@ def test_sparse_members_are_not_read(tmp_path: Path):
     assert shard.faults[DAMAGED_SHARD] == ["member a.ppm has holes (tar --sparse)"]
 
 
+def test_texts_are_inputs_where_no_image_is(tmp_path: Path):
+    """Beside images they are captions, that of a lost image too; order in the tar is no matter."""
+    by_python(tmp_path / "text.tar", {"a.txt": b"one", "a.cls": b"3", "b.md": b"x", "c.txt": b""})
+    (shard,) = open_shards(str(tmp_path / "text.tar"))
+    assert ours(tmp_path / "text.tar") == [("a", "txt", b"one", 3), ("c", "txt", b"", -1)]
+    assert shard.faults == {MISSING_INPUT: ["b"]}
+    captioned = {"a.txt": b"one", "a.webp": image(1), "b.txt": b"lost", "c.png": image(2)}
+    by_python(tmp_path / "captioned.tar", captioned)
+    (shard,) = open_shards(str(tmp_path / "captioned.tar"))
+    found = [("a", "webp", image(1), -1), ("c", "png", image(2), -1)]
+    assert ours(tmp_path / "captioned.tar") == found
+    assert shard.faults == {MISSING_INPUT: ["b"]} and shard.further_inputs == 0
+
+
 def test_a_tar_without_samples_is_an_empty_shard(tmp_path: Path):
     by_python(tmp_path / "empty.tar", {})
-    by_python(tmp_path / "text.tar", {"a.txt": b"1"})
+    by_python(tmp_path / "text.tar", {"a.md": b"1"})
     (tmp_path / "zero.tar").touch()
     for shard in open_shards([f"{tmp_path}/{name}.tar" for name in ("empty", "text", "zero")]):
         assert EMPTY_SHARD in shard.faults
@@ -489,7 +503,7 @@ def test_the_index_says_what_the_scan_said(tmp_path: Path):
 
 def test_many_faults_make_a_long_head(tmp_path: Path):
     """It is read in pieces."""
-    by_python(tmp_path / "a.tar", {f"{'n' * 90}{i:03d}.txt": b"" for i in range(200)})
+    by_python(tmp_path / "a.tar", {f"{'n' * 90}{i:03d}.md": b"" for i in range(200)})
     (made,) = open_shards(str(tmp_path / "a.tar"))
     (read,) = open_shards(str(tmp_path / "a.tar"))
     assert made == read and len(read.faults[MISSING_INPUT]) == 200

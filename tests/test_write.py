@@ -186,6 +186,22 @@ def test_unreadable_arrays_are_listed(tmp_path: Path):
     assert len(images_only(dst)) == 12
 
 
+def test_a_folder_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Byte for byte, whatever they hold; an empty one is listed."""
+    src, odd = tmp_path / "src", bytes(range(256))
+    for name, text in (("a/one.txt", b"one"), ("b/odd.TXT", odd), ("b/none.txt", b"")):
+        put(src, name, text)
+    put(src, "notes.md", b"x")
+    (line,) = write_shards(ImageFolder(src), tmp_path / "dst")
+    assert line == "b/none.txt: ValueError: the text is empty"
+    with tarfile.open(tmp_path / "dst/train-000000.tar") as tar:
+        found = {m.name: cast(Any, tar.extractfile(m)).read() for m in tar}
+    assert found == {"a/one.txt": b"one", "a/one.cls": b"0", "b/odd.txt": odd, "b/odd.cls": b"1"}
+    assert "1 files (.md: 1) are no texts by their names" in capsys.readouterr().out
+    with pytest.raises(ShardError, match=r"smaller, not texts, and 3 files are \.txt: "):
+        write_shards(ImageFolder(src), tmp_path / "small", short_side=8)
+
+
 @pytest.mark.parametrize("name", ["class0/a.npy", "B.NPY"])
 def test_short_side_refuses_arrays(tmp_path: Path, name: str):
     src = images(tmp_path / "src")
@@ -670,7 +686,7 @@ def test_settings_out_of_range_are_refused(tmp_path: Path, settings: Any, messag
 
 def test_a_folder_without_images_is_refused(tmp_path: Path):
     put(tmp_path / "src", "class/.hidden.jpg", pixels(0))
-    put(tmp_path / "src", "class/text.txt", b"")
+    put(tmp_path / "src", "class/text.md", b"")
     with pytest.raises(ShardError, match=rf"{tmp_path}/src holds no images \(.jpg, "):
         write_shards(ImageFolder(tmp_path / "src"), tmp_path / "dst")
 

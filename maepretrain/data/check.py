@@ -212,17 +212,17 @@ def _decode_all(found: Found, path: Path, columns: Columns, asked: Asked) -> Non
     with path.open("rb") as file:
         for row in range(found.samples):
             data = os.pread(file.fileno(), int(columns.size[row]), int(columns.offset[row]))
-            array = INPUT_EXTENSIONS[columns.extension[row]] == "npy"
+            extension = INPUT_EXTENSIONS[columns.extension[row]]
             try:
-                found.types[decode(data, array)] += 1
+                found.types[decode(data, extension)] += 1
             except Unreadable as error:
                 key = columns.keys[row]
                 found.reason = found.reason or f"{shown(found.url)}, {key}: {error}"
                 found.faults.append(Fault(CORRUPT_INPUT, shown(found.url), key))
 
 
-def _decoder(asked: Asked) -> Callable[[bytes, bool], str]:
-    """(bytes, whether they are an array) -> type of the pixels, as training decodes them."""
+def _decoder(asked: Asked) -> Callable[[bytes, str], str]:
+    """(bytes, their extension) -> type of the pixels, as training decodes them."""
     # Seconds of import, for workers that decode only.
     from maepretrain.data.images import CentreCrop, SignalCrop
     from maepretrain.data.samples import Pixels
@@ -230,15 +230,15 @@ def _decoder(asked: Asked) -> Callable[[bytes, bool], str]:
     image = Pixels(asked.channels, CentreCrop(1, 1))
     signal = Pixels(asked.channels, SignalCrop(asked.length or 1))
 
-    def decode(data: bytes, array: bool) -> str:
+    def decode(data: bytes, extension: str) -> str:
         if asked.length is not None:
-            return str(signal.decode(data, array).dtype)
+            return str(signal.decode(data, extension).dtype)
         try:
-            return str(image.decode(data, array).dtype)
+            return str(image.decode(data, extension).dtype)
         except Unreadable:
-            if not array:
+            if extension not in ("npy", "txt"):
                 raise
-            return str(signal.decode(data, array).dtype)
+            return str(signal.decode(data, extension).dtype)
 
     return decode
 

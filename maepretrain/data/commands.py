@@ -26,8 +26,8 @@ def write(
     call stopped.
 
     Args:
-        src: a folder of images or .npy arrays (class = first sub-folder), a folder of MNIST-style
-            IDX files, or torchvision:NAME.
+        src: a folder of images, .npy arrays or else .txt files (class = first sub-folder), a folder
+            of MNIST-style IDX files, or torchvision:NAME.
         dst: the folder that gets SPLIT-000000.tar, ...
         split: name of the shards; also the part of an IDX or torchvision set that is read (train or
             test).
@@ -153,7 +153,7 @@ def check(
         global_batch: samples per optimizer step of the run.
         channels: as data.channels.
         classes: labels must be below this number; default takes any.
-        length: of 1-D signals, as the one number in data.image_size.
+        length: of 1-D signals and texts, as the one number in data.image_size.
         workers: processes that check, side by side.
         decode: decode every input; without, headers and checksums only.
         list: a CSV file that gets every fault.

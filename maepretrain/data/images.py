@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torchvision.io  # noqa: F401  registers torch.ops.image
-from jaxtyping import Float, Real, Shaped, UInt8
+from jaxtyping import Float, Int64, Real, Shaped, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,6 +23,8 @@ from maepretrain.data.arrays import read_array
 # RandomResizedCrop tries this often to fit a crop into the image before it takes one at the centre.
 ATTEMPTS = 10
 UNIFORMS = 4 * ATTEMPTS + 1
+# The token after the end of a text that is shorter than its window.
+PADDING = 256
 
 # torchvision reads JPEG in 2/3 of PIL's time and a small PNG in 1/2. Its operator is called without
 # the Python wrapper, which warns that it will be removed one day: PIL then reads everything.
@@ -128,6 +130,18 @@ def decode_array(data: bytes) -> Shaped[Tensor, "..."]:
         ValueError: as `read_array`.
     """
     return torch.from_numpy(read_array(data))
+
+
+def decode_text(data: bytes, length: int) -> Int64[Tensor, "t"]:
+    """The bytes of a text as tokens 0..255, PADDING after its end up to `length` tokens.
+
+    Raises:
+        ValueError: an empty text.
+    """
+    if not data:
+        raise ValueError("the text is empty")
+    tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
+    return F.pad(tokens, (0, max(0, length - len(tokens))), value=PADDING)
 
 
 def as_image(array: Shaped[Tensor, "..."], channels: int) -> Real[Tensor, "c h w"]:

@@ -48,8 +48,9 @@ class ShardData(L.LightningDataModule):
         val: patterns of held-out shards, or null for no validation.
         global_batch: samples per optimizer step over all processes and accumulated micro-batches.
         image_size: side of the square images given to the model, [height, width], or [length] of
-            1-D signals (`.npy`).
-        channels: 1 (gray), 2 (with alpha), 3 (RGB), 4 (with alpha); any number for `.npy`.
+            1-D signals (`.npy`) and texts (`.txt`, whose bytes are tokens; short ones are padded).
+        channels: 1 (gray), 2 (with alpha), 3 (RGB), 4 (with alpha); any number for
+            `.npy`, 1 for `.txt`.
         low_image_size: size of the images in the first `low_epochs`, smaller and cheaper.
         low_epochs: epochs, or a part of one, after which images have `image_size`.
         scale: area of the random crop as a share of the image; null resizes the whole image.

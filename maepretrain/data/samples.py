@@ -26,6 +26,7 @@ from maepretrain.data.images import (
     as_signal,
     decode,
     decode_array,
+    decode_text,
 )
 from maepretrain.data.order import Order
 from maepretrain.data.remote import shown
@@ -38,7 +39,6 @@ Batch = dict[str, Tensor]
 
 # Of so many shards a reader keeps the columns: more than the lanes of a batch touch at a time.
 REMEMBERED_SHARDS = 256
-ARRAY = INPUT_EXTENSIONS.index("npy")
 
 
 class ShardIndex:
@@ -162,19 +162,21 @@ class Pixels:
         """The uniform numbers that decide about the crop at each position."""
         return uniform(self.seed, "crop", position, UNIFORMS).unbind()
 
-    def decode(self, data: bytes, is_array: bool) -> Tensor:
-        """Image (c, h, w) or signal (c, t).
+    def decode(self, data: bytes, extension: str) -> Tensor:
+        """Image (c, h, w) or signal (c, t); a text is a signal of one channel, its bytes.
 
         Raises:
             Unreadable: bytes that are none, or of another shape than asked for.
         """
         try:
             if not isinstance(self.augment, SignalCrop):
-                if is_array:
+                if extension == "npy":
                     return as_image(decode_array(data), self.channels)
                 return decode(data, self.channels, self.exif)
-            if not is_array:
-                raise ValueError("it is an image; 1-D signals are .npy arrays")
+            if extension == "txt":
+                return as_signal(decode_text(data, self.augment.length), self.channels)
+            if extension != "npy":
+                raise ValueError("it is an image; 1-D signals are .npy arrays or .txt")
             signal = as_signal(decode_array(data), self.channels)
             if signal.shape[1] < self.augment.length:
                 raise ValueError(f"its length {signal.shape[1]} is below {self.augment.length}")
@@ -285,7 +287,7 @@ class Samples(Dataset[Batch]):
         if self.labelled and columns.label[row] == WRONG_LABEL:
             raise Unreadable(WRONG_LABEL_FAULT, "its label is no integer >= 0")
         data = self.store.read(shard, columns, row)
-        return self.pixels.decode(data, bool(columns.extension[row] == ARRAY))
+        return self.pixels.decode(data, INPUT_EXTENSIONS[columns.extension[row]])
 
     def faults(self, batch: Batch) -> list[Fault]:
         """The faults of a batch, with names; takes them out of it."""

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import compress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -26,7 +27,8 @@ from maepretrain.data.faults import (
     ShardError,
 )
 
-INPUT_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "npy")
+INPUT_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "npy", "txt")
+TEXT = INPUT_EXTENSIONS.index("txt")
 NO_LABEL = -1
 # The label of a sample whose label member is no integer >= 0.
 WRONG_LABEL = -2
@@ -94,9 +96,10 @@ def scan(path: Path) -> tuple[dict[str, Any], Columns]:
     """Read a tar's headers (and its small label members) into an index.
 
     The input of a sample is its first member with an image extension, in any case (`.JPEG`); an
-    extension without dots goes before one with (`jpg` before `depth.png`). The label comes from
-    `.cls` as text, else from `label` or `cls` in `.json`. Other members are passed over; further
-    images of a sample are counted.
+    extension without dots goes before one with (`jpg` before `depth.png`). `.txt` is the input of
+    shards that hold nothing else; beside images it is a caption and passed over. The label comes
+    from `.cls` as text, else from `label` or `cls` in `.json`. Other members are passed over;
+    further images of a sample are counted.
 
     What is wrong is listed in the head's `faults`, by kind, and the rest of the shard is used. A
     tar that ends early loses the sample at its end, of which more may have followed.
@@ -127,6 +130,11 @@ def scan(path: Path) -> tuple[dict[str, Any], Columns]:
                 keys.append(key)
         except tarfile.TarError as error:
             faults.setdefault(DAMAGED_SHARD, []).append(str(error))
+    captions = [row[-1] == TEXT for row in rows]
+    if not all(captions) and any(captions):
+        faults.setdefault(MISSING_INPUT, []).extend(compress(keys, captions))
+        images = [not caption for caption in captions]
+        rows, keys = list(compress(rows, images)), list(compress(keys, images))
     if not rows:
         faults.setdefault(EMPTY_SHARD, []).append("it holds no sample")
     head = {
@@ -145,9 +153,11 @@ def _suffix(extension: str) -> str:
 
 
 def _inputs(members: dict[str, tarfile.TarInfo]) -> list[str]:
-    """The extensions that hold an image, plain ones first; a link holds no bytes to read."""
+    """The extensions that hold an image, plain ones first, or else those of texts; a link holds no
+    bytes to read."""
     found = [e for e, m in members.items() if _suffix(e) in INPUT_EXTENSIONS and m.isreg()]
-    return sorted(found, key=lambda extension: "." in extension)
+    images = [extension for extension in found if _suffix(extension) != "txt"]
+    return sorted(images or found, key=lambda extension: "." in extension)
 
 
 def _samples(

@@ -3,7 +3,8 @@
 The same source and settings give the same bytes: samples are ordered by a hash of (seed, key),
 member times are zero. Each shard is written under a temporary name, checked, and renamed; its index
 follows. So a stop leaves only whole shards, and the next call goes on where it stopped. Encoded
-images are copied byte for byte unless `short_side` asks for smaller ones; `.npy` files always are.
+images are copied byte for byte unless `short_side` asks for smaller ones; `.npy` and `.txt` files
+always are.
 """
 
 import gzip
@@ -80,7 +81,8 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class ImageFolder(Source):
-    """A folder of images at any depth; the class is the first sub-folder, -1 for images beside it.
+    """A folder of images at any depth, or of `.txt` files where it holds no image; the class is the
+    first sub-folder, -1 for files beside it.
 
     `.npy` arrays, be they images or signals, count as images here. Classes are numbered in sorted
     order, empty ones too: parts of a data set agree on the numbers. Hidden files and folders are no
@@ -98,8 +100,11 @@ class ImageFolder(Source):
         labels = {name: label for label, name in enumerate(self.classes)}
         files = sorted(_files(self.root))
         paths = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
-        if len(paths) < len(files):
-            print(f"{self.root}: {_others(files)} are no images by their names and are left out")
+        kind, suffixes = ("images", IMAGE_SUFFIXES) if paths else ("texts", (".txt",))
+        paths = paths or [path for path in files if path.lower().endswith(suffixes)]
+        if 0 < len(paths) < len(files):
+            others = _others(files, suffixes)
+            print(f"{self.root}: {others} are no {kind} by their names and are left out")
         keys = [_key(path) for path in paths]
         times = Counter(keys)
         return [
@@ -112,7 +117,12 @@ class ImageFolder(Source):
         ]
 
     def read(self, entry: Entry) -> tuple[str, bytes]:
-        return _stored((self.root / str(entry.place)).read_bytes())
+        data = (self.root / str(entry.place)).read_bytes()
+        if not str(entry.place).lower().endswith(".txt"):
+            return _stored(data)
+        if not data:
+            raise ValueError("the text is empty")
+        return "txt", data
 
 
 def _files(folder: Path, prefix: str = "", above: frozenset[Path] = frozenset()) -> Iterator[str]:
@@ -130,10 +140,10 @@ def _files(folder: Path, prefix: str = "", above: frozenset[Path] = frozenset())
                 yield prefix + child.name
 
 
-def _others(files: list[str]) -> str:
-    """How many files of which suffix are no images."""
+def _others(files: list[str], taken: tuple[str, ...]) -> str:
+    """How many files of which suffix are not taken."""
     suffixes = (Path(path).suffix or "no suffix" for path in files)
-    counts = Counter(s for s in suffixes if s.lower() not in IMAGE_SUFFIXES)
+    counts = Counter(s for s in suffixes if s.lower() not in taken)
     shown = ", ".join(f"{suffix}: {n}" for suffix, n in counts.most_common(5))
     return f"{counts.total()} files ({shown})"
 
@@ -422,12 +432,13 @@ def _check_settings(
 
 
 def _check_all_images(entries: list[Entry]) -> None:
-    arrays = [entry.place for entry in entries if str(entry.place).lower().endswith(".npy")]
-    if arrays:
-        raise ShardError(
-            f"short_side makes images smaller, not arrays, and {len(arrays)} files are .npy: "
-            f"{arrays[0]}, ...; leave out short_side"
-        )
+    for suffix, kind in ((".npy", "arrays"), (".txt", "texts")):
+        found = [entry.place for entry in entries if str(entry.place).lower().endswith(suffix)]
+        if found:
+            raise ShardError(
+                f"short_side makes images smaller, not {kind}, and {len(found)} files are "
+                f"{suffix}: {found[0]}, ...; leave out short_side"
+            )
 
 
 def _ordered(source: Source, seed: int) -> list[Entry]:
@@ -435,7 +446,7 @@ def _ordered(source: Source, seed: int) -> list[Entry]:
     entries = source.entries()
     if not entries:
         place = getattr(source, "root", type(source).__name__)
-        raise ShardError(f"{place} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        raise ShardError(f"{place} holds no images ({', '.join(IMAGE_SUFFIXES)}) or .txt files")
     times = Counter(entry.key for entry in entries)
     if len(times) < len(entries):
         raise ShardError(f"two images would get the key {times.most_common(1)[0][0]}")

@@ -113,6 +113,6 @@ def pixels(images: Tensor) -> Float[Tensor, "b d"]:
 
 @torch.no_grad()
 def _measured(encode: Callable[[Tensor], dict[str, Tensor]], data: ShardData) -> Views:
-    kind = torch.uint8 if len(data.shape) == 3 else torch.float32
-    blank = encode(torch.zeros(1, *data.shape, dtype=kind))
-    return Views(encode, {name: feature.shape[1] for name, feature in blank.items()})
+    # An input of the data itself: pixels, values of signals or tokens.
+    features = encode(data.evaluation(data.index)[0]["input"][None])
+    return Views(encode, {name: feature.shape[1] for name, feature in features.items()})

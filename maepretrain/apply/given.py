@@ -194,10 +194,10 @@ def _of_numbers(numbers: list[int], data: ShardData) -> Given:
 
 
 def _of_file(path: Path, data: ShardData, changes: Counter[str]) -> Given:
-    content, is_array = path.read_bytes(), path.suffix.lower() == ".npy"
+    content = path.read_bytes()
     pixels = Pixels(data.channels, data.centre_crop, data.exif, centred=True)
     try:
-        decoded = pixels.decode(content, is_array)
+        decoded = pixels.decode(content, path.suffix.lower().removeprefix("."))
     except Unreadable as error:
         raise ValueError(f"{path}: {error}") from error
     cut = pixels.cut_out(decoded, torch.empty(0))

@@ -158,6 +158,24 @@ def show(tokens: Tensor, places: Tensor, guesses: dict[str, Tensor]) -> None:
         print(f"{'original':<27} {as_line(tokens[i].tolist())}")
 
 
+def report(out: Path) -> None:
+    """The table and some lines, of the runs and shards of a folder."""
+    index = ShardIndex(open_shards(f"{out}/shards/test-*.tar"))
+    held_out = Samples(index, 1, SignalCrop(LENGTH)).__getitems__(list(range(len(index))))
+    tokens = held_out["input"][:, 0]
+    texts = [path.read_bytes() for path in sorted((out / "texts/train").rglob("*.txt"))]
+    rows, guesses, places = {}, {}, torch.empty(0)
+    for name, config in MODELS.items():
+        model = cast(Any, load_encoder(str(out / config)).eval())
+        places, guesses[name] = filled(model, tokens)
+        rows[name] = accuracy(tokens, places, guesses[name])
+    rows |= baselines(Counts(texts), tokens, places)
+    print("accuracy of masked held-out bytes")
+    for name, share in rows.items():
+        print(f"{name:<27} {share:.3f}")
+    show(tokens, places, guesses)
+
+
 def main(argv: list[str] | None = None) -> int:
     """0 when both trainings came to their end."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -165,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--library", type=Path, default=Path(sysconfig.get_path("stdlib")))
     parser.add_argument("--epochs", type=int, help="default: as the configs say")
     options = parser.parse_args(argv)
+    if next(options.library.rglob("*.py"), None) is None:
+        parser.error(f"--library {options.library} holds no Python files")
     shards = options.out / "shards"
     write(options.library, options.out)
     for config in MODELS.values():
@@ -175,20 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         code = pretrain_command(command)
         if code:
             return code
-    index = ShardIndex(open_shards(f"{shards}/test-*.tar"))
-    held_out = Samples(index, 1, SignalCrop(LENGTH)).__getitems__(list(range(len(index))))
-    tokens = held_out["input"][:, 0]
-    texts = [path.read_bytes() for path in sorted((options.out / "texts/train").rglob("*.txt"))]
-    rows, guesses, places = {}, {}, torch.empty(0)
-    for name, config in MODELS.items():
-        model = cast(Any, load_encoder(str(options.out / config)).eval())
-        places, guesses[name] = filled(model, tokens)
-        rows[name] = accuracy(tokens, places, guesses[name])
-    rows |= baselines(Counts(texts), tokens, places)
-    print("accuracy of masked held-out bytes")
-    for name, share in rows.items():
-        print(f"{name:<27} {share:.3f}")
-    show(tokens, places, guesses)
+    report(options.out)
     return 0
 
 

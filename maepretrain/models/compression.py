@@ -7,11 +7,12 @@ section 3), or rounding passes its gradient straight through (Theis, Shi, Cunnin
 2017, "Lossy image compression with compressive autoencoders", arXiv 1703.00395, section 2.1); the
 rate is that of the noisy code in both, an upper bound for Theis et al. (section 2.2).
 
-Deviations: three stages of stride 2 with leaky ReLUs, and sub-pixel convolutions in the
-decoder (both Theis et al.; Balle et al.'s divisive normalisation diverged at the learning rates
-that a few minutes of training need); a mixture of logistics as the prior of each channel, whose integral is in closed form, where Balle et
-al. have piecewise linear densities and Theis et al. scale mixtures of Gaussians; the decoder may be
-followed by refinement.py's, of which the rest learns nothing: its gradient ends at the code.
+Deviations: three stages of stride 2 with leaky ReLUs, and sub-pixel convolutions in the decoder
+(both Theis et al.; Balle et al.'s divisive normalisation diverged at the learning rates that a few
+minutes of training need); a mixture of logistics as the prior of each channel, whose integral is in
+closed form, where Balle et al. have piecewise linear densities and Theis et al. scale mixtures of
+Gaussians; the decoder may be followed by refinement.py's, of which the rest learns nothing: its
+gradient ends at the code.
 
 Axes: b images, c channels, h w sides, k channels of the code, i j sides of the code (h / p, w / p,
 rounded up), s symbols that a number of the code can be, m components of the mixture.

@@ -156,7 +156,10 @@ def draw(curves: dict[str, list[Point]], path: Path) -> None:
             values = [getattr(p, what) for p in points]
             ax.plot([p.bpp for p in points], values, style, marker="o", markersize=4, label=label)
         ax.set(xlabel="bits per pixel", ylabel=name, xscale="log")
-        ax.grid(alpha=0.3, which="both")
+        ticks = [0.1, 0.2, 0.5, 1, 2]
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
     figure.axes[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(path)
@@ -166,7 +169,9 @@ INTRODUCTION = """\
 # Learnt image compression beside JPEG and WebP
 
 `python examples/compression.py`: means over {held_out}, which no model was trained on, of whole
-files, written and read back. The models learnt from {train}: minutes of one CPU core for each.
+files, written and read back. The models learnt from {train}: 820 steps of 16 crops for
+each weight, 492 for the residual coder, minutes of one CPU core. Published coders take a million
+steps, and lead JPEG; at this scale JPEG and WebP lead by far.
 
 ![Rate and distortion](compression.png)
 

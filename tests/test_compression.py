@@ -14,8 +14,8 @@ from torch import Tensor
 
 from maepretrain.models.compression import (
     LARGEST,
-    SPEED,
     Compression,
+    DivisiveNormalisation,
     FactorisedPrior,
     padded,
     quantised,
@@ -29,7 +29,7 @@ def random_prior(channels: int = 4) -> FactorisedPrior:
     prior = FactorisedPrior(channels)
     with torch.no_grad():
         for parameter in prior.parameters():
-            parameter.add_(torch.randn_like(parameter) / SPEED)
+            parameter.add_(torch.randn_like(parameter))
     return prior
 
 
@@ -55,7 +55,7 @@ def test_bits_are_the_integral_of_the_density() -> None:
 def test_bits_stay_finite_far_away() -> None:
     prior = FactorisedPrior(1)
     with torch.no_grad():
-        prior.slow_log_scale.fill_(-2 / SPEED)
+        prior.log_scale.fill_(-2)
     code = torch.tensor([-900.0, 900.0]).view(2, 1, 1, 1).requires_grad_()
     bits = prior.bits(code)
     assert bits.isfinite().all() and (bits > 1000).all()
@@ -102,6 +102,27 @@ def test_table_bits_equal_a_loop() -> None:
         assert float(table_bits(symbols, p)[b]) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+def test_divisive_normalisation_equals_loops(inverse: bool) -> None:
+    torch.manual_seed(0)
+    gdn = DivisiveNormalisation(3, inverse)
+    with torch.no_grad():
+        gdn.gamma.add_(0.3 * torch.randn(3, 3))
+        gdn.beta.uniform_(0.5, 2)
+    x = torch.randn(1, 3, 2, 2)
+    found = gdn(x)
+    for c in range(3):
+        for i in range(2):
+            for j in range(2):
+                norm = gdn.beta[c].item()
+                norm += sum(
+                    abs(gdn.gamma[c, d].item()) * x[0, d, i, j].item() ** 2 for d in range(3)
+                )
+                root = math.sqrt(norm)
+                expected = float(x[0, c, i, j]) * (root if inverse else 1 / root)
+                assert float(found[0, c, i, j]) == pytest.approx(expected, rel=1e-4)
+
+
 def test_straight_through_has_a_derivative_of_one() -> None:
     x = torch.tensor([-1.7, -0.4, 0.2, 2.6], requires_grad=True)
     rounded = round_straight_through(x)
@@ -131,8 +152,8 @@ def test_noise_is_uniform_and_of_the_position() -> None:
     model, data = make(), batch(100)
     with torch.no_grad():
         # A narrow prior far to one side: the rate grows with whatever is added to the code.
-        model.prior.slow_mean.fill_(-2 / SPEED)
-        model.prior.slow_log_scale.fill_(-1 / SPEED)
+        model.prior.mean.fill_(-2)
+        model.prior.log_scale.fill_(-1)
         rates = [float(model(data)["bpp"]) for _ in range(2)]
         later = float(model(data | {"position": data["position"] + 100})["bpp"])
     assert rates[0] == rates[1] != later

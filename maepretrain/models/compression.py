@@ -7,12 +7,10 @@ section 3), or rounding passes its gradient straight through (Theis, Shi, Cunnin
 2017, "Lossy image compression with compressive autoencoders", arXiv 1703.00395, section 2.1); the
 rate is that of the noisy code in both, an upper bound for Theis et al. (section 2.2).
 
-Deviations: three stages of stride 2 with leaky ReLUs, and sub-pixel convolutions in the decoder
-(both Theis et al.; Balle et al.'s divisive normalisation diverged at the learning rates that a few
-minutes of training need); a mixture of logistics as the prior of each channel, whose integral is in
-closed form, where Balle et al. have piecewise linear densities and Theis et al. scale mixtures of
-Gaussians; the decoder may be followed by refinement.py's, of which the rest learns nothing: its
-gradient ends at the code.
+Deviations: three stages of stride 2 and sub-pixel convolutions (Theis et al.) in the decoder; a
+mixture of logistics as the prior of each channel, whose integral is in closed form, where Balle et
+al. have piecewise linear densities and Theis et al. scale mixtures of Gaussians; the decoder may be
+followed by refinement.py's, of which the rest learns nothing: its gradient ends at the code.
 
 Axes: b images, c channels, h w sides, k channels of the code, i j sides of the code (h / p, w / p,
 rounded up), s symbols that a number of the code can be, m components of the mixture.
@@ -21,7 +19,7 @@ rounded up), s symbols that a number of the code can be, m components of the mix
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -35,8 +33,6 @@ Batch = dict[str, Tensor]
 
 # Numbers of the code lie in -LARGEST..LARGEST; each is a symbol, -LARGEST being symbol 0.
 LARGEST = 127
-# How much faster the prior learns than the weights.
-SPEED = 10.0
 
 
 class Reconstruction(NamedTuple):
@@ -50,11 +46,31 @@ class Reconstruction(NamedTuple):
     reconstruction: Float[Tensor, "b c h w"]
 
 
+class DivisiveNormalisation(nn.Module):
+    """GDN: y_c = x_c / sqrt(beta_c + sum_d gamma_cd x_d^2) (Balle et al. 2017, section 2, with
+    the exponents of their experiments); the inverse multiplies.
+
+    Initial values: beta 1, gamma .1 on the diagonal. Both are kept positive as absolute values.
+
+    Args:
+        channels: of the input.
+        inverse: multiply by the root, as decoders do.
+    """
+
+    def __init__(self, channels: int, inverse: bool = False) -> None:
+        super().__init__()
+        self.inverse = inverse
+        self.beta = nn.Parameter(torch.ones(channels))
+        self.gamma = nn.Parameter(0.1 * torch.eye(channels))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        kernel = self.gamma.abs()[:, :, None, None]
+        norm = F.conv2d(x.square(), kernel, self.beta.abs() + 1e-6)
+        return x * (norm.sqrt() if self.inverse else norm.rsqrt())
+
+
 class FactorisedPrior(nn.Module):
     """A distribution of each channel's numbers, the same at all places: a mixture of logistics.
-
-    Its parameters are stored divided by SPEED, so that under Adam they move that much faster than
-    the weights: a prior that lags behind the code wastes bits, most of them on empty channels.
 
     Initial values: equal shares, means spread over -1..1, scales 1.
 
@@ -65,35 +81,18 @@ class FactorisedPrior(nn.Module):
 
     def __init__(self, channels: int, components: int = 3) -> None:
         super().__init__()
-        means = torch.linspace(-1, 1, components).repeat(channels, 1)
-        self.slow_logits = nn.Parameter(torch.zeros(channels, components))
-        self.slow_mean = nn.Parameter(means / SPEED)
-        self.slow_log_scale = nn.Parameter(torch.zeros(channels, components))
-
-    @property
-    def logits(self) -> Float[Tensor, "k m"]:
-        """Of the shares."""
-        return SPEED * self.slow_logits
-
-    @property
-    def mean(self) -> Float[Tensor, "k m"]:
-        """Of each logistic."""
-        return SPEED * self.slow_mean
-
-    @property
-    def log_scale(self) -> Float[Tensor, "k m"]:
-        """The logarithm of each logistic's scale."""
-        return SPEED * self.slow_log_scale
+        self.logits = nn.Parameter(torch.zeros(channels, components))
+        self.mean = nn.Parameter(torch.linspace(-1, 1, components).repeat(channels, 1))
+        self.log_scale = nn.Parameter(torch.zeros(channels, components))
 
     def bits(self, code: Float[Tensor, "b k i j"]) -> Float[Tensor, "b k i j"]:
         """-log2 of the probability of code - 1/2 .. code + 1/2, which is the density of the noisy
         code (Balle et al., equation 8), and of a rounded one its probability."""
         y = code.movedim(1, -1)[..., None]  # (b, i, j, k, 1)
-        log_scale = self.log_scale
-        above = (y + 0.5 - self.mean) / log_scale.exp()
-        below = (y - 0.5 - self.mean) / log_scale.exp()
+        above = (y + 0.5 - self.mean) / self.log_scale.exp()
+        below = (y - 0.5 - self.mean) / self.log_scale.exp()
         # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b - a)): nothing cancels.
-        width = torch.log(-torch.expm1(-(-log_scale).exp()))
+        width = torch.log(-torch.expm1(-(-self.log_scale).exp()))
         parts = F.logsigmoid(above) + F.logsigmoid(-below) + width + self.logits.log_softmax(1)
         return -parts.logsumexp(-1).movedim(-1, 1) / math.log(2)
 
@@ -114,8 +113,7 @@ class FactorisedPrior(nn.Module):
 class Compression(nn.Module):
     """Minimises bits per pixel + weight x mean squared error.
 
-    Initial values: xavier-uniform weights, four times that in the encoder's last layer, zero
-    biases; those of the parts.
+    Initial values: xavier-uniform weights, zero biases; those of the parts.
 
     Args:
         image_size: side of the square images, or [height, width], that `encode` makes features of;
@@ -163,15 +161,13 @@ class Compression(nn.Module):
         decoder: list[nn.Module] = []
         for number, (i, o) in enumerate(pairwise(sizes)):
             last = number == stages - 1
-            encoder += [nn.Conv2d(i, o, 5, 2, 2), *([] if last else [nn.LeakyReLU(0.2)])]
+            encoder += [nn.Conv2d(i, o, 5, 2, 2), *([] if last else [DivisiveNormalisation(o)])]
         for number, (i, o) in enumerate(pairwise(reversed(sizes))):
             last = number == stages - 1
             decoder += [nn.Conv2d(i, 4 * o, 3, 1, 1), nn.PixelShuffle(2)]
-            decoder += [] if last else [nn.LeakyReLU(0.2)]
+            decoder += [] if last else [DivisiveNormalisation(o, inverse=True)]
         self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
         initialise(self)
-        with torch.no_grad():  # codes that the noise does not drown
-            cast(nn.Conv2d, self.encoder[-1]).weight.mul_(4)
         self.prior = FactorisedPrior(code)
         # After all the rest, whose initial values are the same with it and without.
         self.refinement = (

@@ -53,7 +53,7 @@ class Coder(Protocol):
 
     def probabilities(self, iterations: int) -> Float64[Tensor, "k s"]: ...
 
-    def decode(self, symbols: Int64[Tensor, "b k i j"]) -> Float[Tensor, "b c h w"]: ...
+    def decode_symbols(self, symbols: Int64[Tensor, "b k i j"]) -> Float[Tensor, "b c h w"]: ...
 
 
 class Encoded(NamedTuple):
@@ -140,7 +140,7 @@ class Codec:
         probabilities = self.model.probabilities(iterations)
         sides = [-(-side // self.model.stride) for side in (height, width)]
         symbols = read_symbols(payload, probabilities.numpy(), (sides[0], sides[1]))
-        images = self.model.decode(torch.from_numpy(symbols)[None])
+        images = self.model.decode_symbols(torch.from_numpy(symbols)[None])
         return images[0, :, :height, :width]
 
     def _read(self, data: bytes) -> tuple[int, int, int, bytes]:

@@ -50,7 +50,7 @@ def test_each_iteration_codes_what_is_missing() -> None:
             missing = x - shown
             symbols = model.symbols(x, t + 1)
             assert torch.equal(symbols, torch.cat(bits, 1))
-            torch.testing.assert_close(model.decode(symbols), shown)
+            torch.testing.assert_close(model.decode_symbols(symbols), shown)
     torch.testing.assert_close(model.reconstruct(x).reconstruction, shown)
     with torch.no_grad():
         found = model({"input": x})
@@ -103,7 +103,7 @@ def test_more_iterations_are_more_bits_and_not_less_quality(iterations: int, ste
     quality, bits = [], []
     for t in range(1, iterations + 1):
         symbols = model.symbols(image[None], t)
-        decoded = model.decode(symbols)[0]
+        decoded = model.decode_symbols(symbols)[0]
         quality.append(peak_signal_noise_ratio(image.numpy(), decoded.numpy(), data_range=2))
         bits.append(float(table_bits(symbols, model.probabilities(t))))
     assert bits == sorted(bits) and bits[-1] > 1.6 * bits[0]

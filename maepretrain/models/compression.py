@@ -117,7 +117,7 @@ class Compression(nn.Module):
 
     Args:
         image_size: side of the square images, or [height, width], that `encode` makes features of;
-            `symbols`, `decode` and `reconstruct` take any size.
+            `symbols`, `decode_symbols` and `reconstruct` take any size.
         channels: of the images.
         width: channels of the encoder's and decoder's layers.
         code: k, channels of the code.
@@ -232,7 +232,7 @@ class Compression(nn.Module):
         """Of each channel's symbols."""
         return self.prior.probabilities()
 
-    def decode(self, symbols: Int64[Tensor, "b k i j"]) -> Float[Tensor, "b c h w"]:
+    def decode_symbols(self, symbols: Int64[Tensor, "b k i j"]) -> Float[Tensor, "b c h w"]:
         """Images of whole strides; refined where the model refines."""
         return self.steps(symbols)[-1]
 

@@ -94,7 +94,7 @@ class ResidualCoder(nn.Module):
 
     Args:
         image_size: side of the square images, or [height, width], that `encode` makes features of;
-            `symbols`, `decode` and `reconstruct` take any size.
+            `symbols`, `decode_symbols` and `reconstruct` take any size.
         channels: of the images.
         width: channels of the layers, a multiple of 4.
         bits: k, bits of an iteration for each 8 x 8 pixels.
@@ -204,7 +204,7 @@ class ResidualCoder(nn.Module):
         odds = self.prior[:iterations].flatten().cpu().double()
         return torch.stack([(-odds).sigmoid(), odds.sigmoid()], 1)
 
-    def decode(self, symbols: Int64[Tensor, "b tk i j"]) -> Float[Tensor, "b c h w"]:
+    def decode_symbols(self, symbols: Int64[Tensor, "b tk i j"]) -> Float[Tensor, "b c h w"]:
         """Images of whole strides from the bits of any number of iterations."""
         return self.steps(symbols)[-1]
 

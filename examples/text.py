@@ -1,12 +1,13 @@
 """Masked tokens: BERT and the masked autoencoder on bytes of text, one trainer.
 
-    python examples/text.py [--out text] [--epochs N]
+    python examples/text.py [--out text] [--library FOLDER] [--epochs N]
 
 The text is the docstrings of Python's standard library; those of one module in ten are held out.
 Prints the accuracy of masked held-out bytes of two models, mask tokens in the encoder (BERT) and in
 a decoder (MAE), beside what the training text's counts guess for the same masks: the usual byte,
 the usual byte after the left neighbour, and between both neighbours where they are visible; and
-some held-out lines with holes, filled in.
+some held-out lines with holes, filled in. A quarter of an hour of one core; .590 and .567, counts
+.154, .222 and .411.
 """
 
 import argparse

@@ -159,7 +159,7 @@ def _places(name: str, data: ShardData) -> list[Path | int]:
     """Files, or the number of a held-out sample."""
     path = Path(name)
     if path.is_dir():
-        endings = {f".{extension}" for extension in INPUT_EXTENSIONS}
+        endings = {f".{extension}" for extension in INPUT_EXTENSIONS if extension != "txt"}
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings)
         if not files:
             raise ValueError(f"the folder {path} holds no images ({', '.join(sorted(endings))})")

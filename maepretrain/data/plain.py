@@ -128,8 +128,8 @@ class PlainStream(IterableDataset[Batch]):
             place = key(self.seed, "plain", self.stream.start, reader, turn)
             found = False
             for members in self._members(order.tolist()[share], random.Random(place)):
-                found = [e for e in members if e in INPUT_EXTENSIONS]
-                extension = min(found, key="txt".__eq__)  # beside an image a text is its caption
+                inputs = [e for e in members if e in INPUT_EXTENSIONS]
+                extension = min(inputs, key="txt".__eq__)  # beside an image a text is its caption
                 try:
                     decoded = self.pixels.decode(members[extension], extension)
                 except Unreadable as error:

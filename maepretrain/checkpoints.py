@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from maepretrain.engines.fragments import Saved, choose, is_checkpoint
 from maepretrain.files import replacing
 from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.packing import COMPRESSED_KEY, OWN_KEY, unpack
 
 # Width, blocks, patch side: ViT-B, L and H of section 4. Every official decoder has 16 heads.
 OFFICIAL_ENCODERS = {
@@ -29,12 +30,6 @@ OFFICIAL_ENCODERS = {
     (1024, 24, 16): "vit_large_patch16_224",
     (1280, 32, 14): "vit_huge_patch14_224",
 }
-
-
-# Under this name an exported file tells the arguments of its MaskedAutoencoder, as plain values.
-OWN_KEY = "maepretrain"
-# Under this one, what `maepretrain compress` wrote tells how to read it.
-COMPRESSED_KEY = "compressed"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -113,8 +108,6 @@ def _load_safetensors(path: Path) -> Any:
             metadata = file.metadata() or {}
         about, state = metadata.get(OWN_KEY), load_file(path)
         if COMPRESSED_KEY in metadata:
-            from maepretrain.compress import unpack  # it needs what is in here
-
             state = unpack(state, metadata)
         return state | ({} if about is None else {OWN_KEY: json.loads(about)})
     except (SafetensorError, ValueError) as error:

@@ -18,20 +18,10 @@ from torch import nn
 
 from maepretrain import huffman
 from maepretrain.checkpoints import read_state
-from maepretrain.compress import (
-    Pruning,
-    Shared,
-    centroid_gradient,
-    eight_bits,
-    from_runs,
-    pack,
-    share,
-    sparse,
-    to_runs,
-    unshare,
-)
+from maepretrain.compress import Pruning, centroid_gradient, share, unshare
 from maepretrain.evaluate.classifier import Head
 from maepretrain.evaluate.encoders import load_encoder
+from maepretrain.packing import Shared, eight_bits, from_runs, pack, sparse, to_runs
 
 Run = Callable[..., int]
 SHORT = [

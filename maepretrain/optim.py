@@ -30,6 +30,9 @@ class Optimization:
         min_lr: where the cosine ends.
         layer_decay: factor on the learning rate from each encoder layer to the one below it; 1 for
             none.
+
+    Raises:
+        ValueError: a setting out of its range.
     """
 
     def __init__(
@@ -43,6 +46,16 @@ class Optimization:
         min_lr: float = 0.0,
         layer_decay: float = 1.0,
     ) -> None:
+        if min(base_lr, weight_decay, warmup_epochs, min_lr) < 0:
+            raise ValueError(
+                f"base_lr {base_lr}, weight_decay {weight_decay}, warmup_epochs {warmup_epochs} "
+                f"and min_lr {min_lr} must not be negative"
+            )
+        if not all(0 <= factor < 1 for factor in (*betas, momentum)) or not 0 < layer_decay <= 1:
+            raise ValueError(
+                f"betas {betas} and momentum {momentum} must be in [0, 1), layer_decay "
+                f"{layer_decay} in (0, 1]"
+            )
         self.optimizer, self.base_lr, self.weight_decay = optimizer, base_lr, weight_decay
         self.betas, self.momentum = betas, momentum
         self.warmup_epochs, self.min_lr, self.layer_decay = warmup_epochs, min_lr, layer_decay

@@ -14,8 +14,6 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -185,6 +183,10 @@ def embedding_map(
     Returns:
         The points that were drawn.
     """
+    # Here, for scikit-learn would cost every pretraining half a second at its start.
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
     chosen = torch.linspace(0, len(features) - 1, min(MAP_POINTS, len(features))).long()
     x, y = features[chosen].double().numpy(), labels[chosen]
     if method == "pca":

@@ -123,27 +123,29 @@ def pretrain(
         Preempted: SLURM took the nodes; the run goes on from its checkpoint.
     """
     set_threads(threads)
-    if getattr(model, "needs_labels", False):
-        _require_labels(data, type(model).__name__)
-    data.allow_reorder = allow_reorder
+    guard = NonFinite(nonfinite)
+    folder = RunFolder(run, resume, overwrite, config, ckpt_path, same_config)
+    often = (checkpoint_every_steps, checkpoint_every_minutes)
+    last = LastCheckpoint(folder, *often, keep_every_steps)
     if data.early is not None:
         if not hasattr(model, "check_smaller"):
             raise ValueError(f"{type(model).__name__} takes no smaller images: no low_image_size")
         cast(Any, model).check_smaller(data.early.height, data.early.width)
+    data.allow_reorder = allow_reorder
+    # What could be refused without them has been: from here on shards are opened.
+    if getattr(model, "needs_labels", False):
+        _require_labels(data, type(model).__name__)
     arguments = in_steps(trainer, data.order.steps_per_epoch)
-    guard = NonFinite(nonfinite)
+    if live_probe and data.val_index is None:
+        raise ValueError("live_probe needs held-out shards: set data.val")
     callbacks: list[L.Callback] = [guard]
-    with RunFolder(run, resume, overwrite, config, ckpt_path, same_config) as folder:
+    with folder:
         if data.val_index is not None:
             callbacks.append(_best(folder.path))
             if pictures and hasattr(model, "reconstruct"):
                 callbacks.append(ReconstructionGrid(folder.path, pictures))
             if live_probe:
                 callbacks.append(LiveEvaluation(live_probe))
-        elif live_probe:
-            raise ValueError("live_probe needs held-out shards: set data.val")
-        often = (checkpoint_every_steps, checkpoint_every_minutes)
-        last = LastCheckpoint(folder, *often, keep_every_steps)
         if compile:
             model.compile()
         module = Pretrain(model, optim, data, arguments["max_steps"], seed, guard)

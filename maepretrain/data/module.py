@@ -12,6 +12,7 @@ import signal
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,11 +25,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from maepretrain.data.cache import ReadAhead, ShardCache
 from maepretrain.data.faults import Fault, FaultList, ShardError, borne, too_many
 from maepretrain.data.images import Augment, CentreCrop, SignalCrop
-from maepretrain.data.order import EpochOrder, Mixture, Order
+from maepretrain.data.order import EpochOrder, Mixture, Order, lanes_of
 from maepretrain.data.plain import PlainOrder, PlainStream, plain_sources
 from maepretrain.data.remote import is_remote, shown
 from maepretrain.data.samples import Batch, Pixels, Samples, ShardIndex
-from maepretrain.data.shards import open_shards, summary
+from maepretrain.data.shards import Shard, open_shards, summary
 from maepretrain.data.store import Store
 from maepretrain.data.stream import Numbered, Stream
 from maepretrain.distributed import is_rank_zero
@@ -115,38 +116,28 @@ class ShardData(L.LightningDataModule):
             raise ValueError(
                 f"mean {mean} and std {std} need one value for each of {channels} channels"
             )
-        if global_batch % crops_per_image:
-            raise ValueError(
-                f"global batch {global_batch} is no multiple of {crops_per_image} crops_per_image"
-            )
+        _check_numbers(global_batch, crops_per_image, num_workers, max_faults, cache_gb)
         self.channels, self.mean, self.std, self.seed = channels, mean, std, seed
         self.num_workers, self.global_batch = num_workers, global_batch
         self.crops, self.exif, self.max_faults = crops_per_image, exif, max_faults
         self._set_crops(image_size, scale, ratio, flip, val_share)
         self.cache = ShardCache(cache, int(cache_gb * 1e9))
+        if not isinstance(train, dict):  # a mixture has lanes of each source
+            lanes_of(global_batch // crops_per_image, lanes, block)
         self._order_arguments = (seed, lanes, block, tail)
         self.samples_per_epoch = samples_per_epoch
         self.labelled = self.allow_reorder = False
+        self._train, self._val = train, val
         self.weights = list(train.values()) if isinstance(train, dict) else None
         self.plain: list[str] | None = None
-        self._shards_of_source: list[int] = []
-        self.index = ShardIndex([])
-        if train is None:
-            self._open([])
-        elif exact:
-            self._open(list(train) if isinstance(train, dict) else [train])
-        else:
-            self._open_plain(train, allow_pipe)
-        self.val_index = (
-            ShardIndex(open_shards(val, max(1, num_workers), self.cache)) if val else None
-        )
-        if train is not None:  # otherwise there is nothing to order
-            self.order = self._make_order()
+        if train is not None and not exact:
+            self.plain = self._plain_sources(train, allow_pipe)
+        elif samples_per_epoch is not None and self.weights is None:
+            raise ValueError("samples_per_epoch is for mixtures: give the patterns weights")
         self.early: Augment | None = None
-        self.low_steps = 0
+        self._low_epochs = low_epochs
         if low_image_size is not None or low_epochs:
             self.early = self._set_early(low_image_size, low_epochs)
-            self.low_steps = round(low_epochs * self.order.steps_per_epoch)
         self.stream: Stream | None = None
         self._resume_from = 0
         self._read_ahead: ReadAhead | None = None
@@ -154,19 +145,50 @@ class ShardData(L.LightningDataModule):
         # What was read instead, by position, in the last batch.
         self._replaced: dict[int | None, str] = {}
 
-    def _open(self, sources: list[Any]) -> None:
-        if self.samples_per_epoch is not None and self.weights is None:
-            raise ValueError("samples_per_epoch is for mixtures: give the patterns weights")
-        opened = [open_shards(one, max(1, self.num_workers), self.cache) for one in sources]
-        self._shards_of_source = [len(shards) for shards in opened]
-        self.index = ShardIndex([shard for shards in opened for shard in shards])
+    # Shards are opened when they are first asked for: what is wrong with a configuration is said
+    # before anything is read.
 
-    def _open_plain(self, train: str | list[str] | dict[str, float], allow_pipe: bool) -> None:
+    @cached_property
+    def _sources(self) -> list[list[Shard]]:
+        """Training shards of each source."""
+        if self._train is None or self.plain is not None:
+            return []
+        sources = list(self._train) if isinstance(self._train, dict) else [self._train]
+        return [self._opened(source) for source in sources]
+
+    @cached_property
+    def index(self) -> ShardIndex:
+        """Training samples; of a stream without an index, or of held-out images only, none."""
+        return ShardIndex([shard for source in self._sources for shard in source])
+
+    @cached_property
+    def val_index(self) -> ShardIndex | None:
+        """Held-out samples."""
+        return ShardIndex(self._opened(self._val)) if self._val else None
+
+    @cached_property
+    def order(self) -> Order | PlainOrder:
+        """Which sample each position of the run holds."""
+        return self._make_order()
+
+    @property
+    def low_steps(self) -> int:
+        """Steps with images of `low_image_size`."""
+        if self.early is None:
+            return 0
+        return round(self._low_epochs * self.order.steps_per_epoch)
+
+    def _opened(self, patterns: str | list[str]) -> list[Shard]:
+        return open_shards(patterns, max(1, self.num_workers), self.cache)
+
+    def _plain_sources(
+        self, train: str | list[str] | dict[str, float], allow_pipe: bool
+    ) -> list[str]:
         if isinstance(train, dict):
             raise ValueError("mixtures are read exactly: leave out exact: false")
         if self.samples_per_epoch is None:
             raise ValueError("exact: false needs samples_per_epoch, the draws that make an epoch")
-        self.plain = plain_sources(train, allow_pipe)
+        return plain_sources(train, allow_pipe)
 
     def _set_crops(
         self,
@@ -219,7 +241,7 @@ class ShardData(L.LightningDataModule):
             return PlainOrder(images, self.samples_per_epoch or 0)
         if self.weights is None:
             return EpochOrder(self.index.counts, images, seed, lanes, block, tail)
-        sources = list(self.index.counts.split(self._shards_of_source))
+        sources = list(self.index.counts.split([len(source) for source in self._sources]))
         return Mixture(sources, self.weights, images, self.samples_per_epoch, seed, lanes, block)
 
     def choose(self, chosen: Int64[Tensor, "n"]) -> None:
@@ -455,6 +477,20 @@ class ShardData(L.LightningDataModule):
         changed = [name for name in now if state_dict.get(name) != now[name]]
         return ", ".join(
             f"{name} was {state_dict.get(name)} and is {now[name]}" for name in changed
+        )
+
+
+def _check_numbers(
+    global_batch: int, crops: int, workers: int, max_faults: float, cache_gb: float
+) -> None:
+    if global_batch < 1 or crops < 1 or global_batch % crops:
+        raise ValueError(
+            f"global batch {global_batch} is no multiple of {crops} crops_per_image, at least 1"
+        )
+    if workers < 0 or cache_gb <= 0 or not 0 <= max_faults <= 1:
+        raise ValueError(
+            f"num_workers {workers} must not be negative, cache_gb {cache_gb} be above 0 and "
+            f"max_faults {max_faults} a share, 0 to 1"
         )
 
 

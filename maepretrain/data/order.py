@@ -33,6 +33,20 @@ from torch import Tensor
 from maepretrain.randomness import key, permutation
 
 
+def lanes_of(global_batch: int, lanes: int | None, block: int) -> int:
+    """How many lanes an order has, which needs no shards to be known.
+
+    Raises:
+        ValueError: lanes that do not divide the batch, or a setting out of range.
+    """
+    if global_batch < 1 or block < 1:
+        raise ValueError(f"global batch {global_batch} and block {block} must be at least 1")
+    lanes = gcd(global_batch, 16) if lanes is None else lanes
+    if lanes < 1 or global_batch % lanes:
+        raise ValueError(f"global batch {global_batch} is not divisible by {lanes} lanes")
+    return lanes
+
+
 class EpochOrder:
     """Maps positions in the run to (shard, member).
 
@@ -60,15 +74,11 @@ class EpochOrder:
         block: int = 8192,
         tail: Literal["drop", "pad", "carry"] = "drop",
     ) -> None:
-        if global_batch < 1 or block < 1:
-            raise ValueError(f"global batch {global_batch} and block {block} must be at least 1")
+        self.lanes = lanes_of(global_batch, lanes, block)
         if tail not in ("drop", "pad", "carry"):
             raise ValueError(f'tail "{tail}" must be "drop" or "pad"')
         self.counts, self.global_batch, self.seed, self.block = counts, global_batch, seed, block
         self.samples = int(counts.sum())
-        self.lanes = gcd(global_batch, 16) if lanes is None else lanes
-        if self.lanes < 1 or global_batch % self.lanes:
-            raise ValueError(f"global batch {global_batch} is not divisible by {self.lanes} lanes")
         if self.samples == 0:
             raise ValueError("the shards hold no samples")
         up = self.samples % global_batch > 0 and tail == "pad"

@@ -119,6 +119,9 @@ def finetune(
         Preempted: SLURM took the nodes; the run goes on from its checkpoint.
     """
     set_threads(threads)
+    guard = NonFinite(nonfinite)
+    folder = RunFolder(run, resume, overwrite, config, ckpt_path, same_config)
+    last = LastCheckpoint(folder, checkpoint_every_steps, checkpoint_every_minutes)
     table = _use_targets(data, task, targets, classes)
     if table is not None and (label_fraction != 1 or labels_per_class is not None):
         raise ValueError(f"a share of the labels is taken by class, and {task} has none")
@@ -133,14 +136,12 @@ def finetune(
         cast(Any, model).train_positions()
     torch.manual_seed(seed)
     classifier = Head(_width(model, data), count, head, pool, heads)
-    guard = NonFinite(nonfinite)
     recipe = (augment, trained_blocks, drop_path, ema, label_smoothing, seed, table, guard)
     module = Classifier(model, classifier, optim, data, arguments["max_steps"], *recipe)
-    with RunFolder(run, resume, overwrite, config, ckpt_path, same_config) as folder:
+    with folder:
         origin = f"architecture of {encoder}, from scratch" if scratch else f"encoder {encoder}"
         what = f"{count} classes" if table is None else f"{task} of {count}"
         module.tell({"classifier": f"{what}, {len(data.index):,} labelled images, {origin}"})
-        last = LastCheckpoint(folder, checkpoint_every_steps, checkpoint_every_minutes)
         ended, engine = fit(module, data, arguments, folder, [guard], last)
         if ended and data.val_index is not None:
             if module.scored_at != engine.global_step:

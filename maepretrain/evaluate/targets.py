@@ -12,7 +12,6 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from sklearn.metrics import average_precision_score, r2_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -101,6 +100,9 @@ class Targets(nn.Module):
     def scores(self, logits: Float[Tensor, "n k"], labels: Int64[Tensor, "n"]) -> dict[str, float]:
         """`mAP`, the mean over classes that occur of the average precision, or `r2`, the mean over
         values of the coefficient of determination (both scikit-learn's); `n`."""
+        # Here, for scikit-learn would cost every pretraining half a second at its start.
+        from sklearn.metrics import average_precision_score, r2_score
+
         predicted, rows = logits.numpy(), self.rows.cpu()[labels].numpy()
         if self.task == "regression":
             return {"r2": float(r2_score(rows, predicted)), "n": len(rows)}

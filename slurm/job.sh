@@ -124,9 +124,14 @@ conclude() {
         echo "job $SLURM_JOB_ID was cancelled: it does not come back" >&2
         code=143
     elif [[ $code != 0 ]] && to_be_continued "$code"; then
-        echo "job $SLURM_JOB_ID goes back into the queue, and on from its last checkpoint" >&2
-        # In another state SLURM has done it, as after a preemption whose time ran out.
-        [[ $state != RUNNING ]] || scontrol requeue "$SLURM_JOB_ID" >/dev/null 2>&1 || true
+        if [[ $state == RUNNING ]]; then
+            echo "job $SLURM_JOB_ID goes back into the queue, and on from its last checkpoint" >&2
+            scontrol requeue "$SLURM_JOB_ID" >/dev/null 2>&1 || true
+        else
+            # SLURM has decided: COMPLETING is what scancel ended, and what a preemption puts back.
+            echo "job $SLURM_JOB_ID was ended by SLURM; where it comes back, it goes on from its" \
+                "last checkpoint" >&2
+        fi
         code=75
     elif [[ $code != 0 ]]; then
         # srun's own code may be that of a rank which it ended.

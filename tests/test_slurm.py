@@ -23,7 +23,7 @@ from maepretrain.engines.fragments import Saved
 ROOT = Path(__file__).parent.parent
 BATCH, STEPS = 24, 18
 # A start takes ten seconds of a core for its imports, and all jobs share what there is.
-ENDS = 400
+ENDS = 240
 SLOW = ["--model.pace", "0.5"]
 
 reason = why_not()
@@ -98,7 +98,27 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as own,
         Cluster(Path(own), environment) as cluster,
     ):
-        yield Place(folder, cluster, data)
+        place = Place(folder, cluster, data)
+        _require_two_tasks(place)
+        yield place
+
+
+def _require_two_tasks(place: Place) -> None:
+    """A sandbox may let the daemons start and never run a job: nothing of ours can be tried there,
+    and every test would wait for its end in vain."""
+    job = place.submit("--nodes=2", "--ntasks-per-node=1", "--time=2", "--wrap=srun --label true")
+    try:
+        place.cluster.until(
+            lambda: place.cluster.ended(job), 90, f"two tasks that do nothing, {job}"
+        )
+        problem = place.cluster.job(job)["JobState"].replace("COMPLETED", "")
+    except AssertionError as error:
+        problem = str(error)
+    if problem:
+        logs = [
+            path.read_text()[-2000:] for path in sorted(place.cluster.folder.glob("slurm*.log"))
+        ]
+        pytest.skip("\n".join([f"SLURM runs no job on this machine: {problem}", *logs]))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from maepretrain.files import replacing
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
 # In the order of the file. Those that take hours run only when they are named.
-NAMES = ("step", "gemm", "options", "loop", "data", "scaling", "order", "engines")
+NAMES = ("step", "gemm", "options", "loop", "startup", "data", "scaling", "order", "engines")
 HOURS = ("accuracy",)
 NEEDS = {"data": ("litdata", "skimage"), "loop": ("skimage",), "scaling": ("skimage",)}
 PACKAGES = ("torch", "torchvision", "timm", "lightning")

@@ -35,7 +35,7 @@ HOLD = "RECORDER_HOLD"
 # "RANK:N": this rank kills itself before its N-th flush or rename of a file, counted from 0.
 DIE = "RECORDER_DIE"
 # A run that takes longer hangs.
-HANGS = 300
+HANGS = 180
 
 
 class Record(NamedTuple):

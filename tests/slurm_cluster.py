@@ -77,10 +77,11 @@ class Cluster:
         self.folder = folder
         self.environment = os.environ | environment | {"SLURM_CONF": f"{folder}/slurm.conf"}
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._around: list[str] = []
 
     def __enter__(self) -> "Cluster":
         ports = _free_ports(1 + len(NODES))
-        host = socket.gethostname().partition(".")[0]
+        host, self._around = _known_host()
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 "
             "RealMemory=8000"
@@ -111,7 +112,7 @@ class Cluster:
 
     def _start(self, name: str, *arguments: str) -> None:
         log = (self.folder / f"{name}-{len(self._daemons)}.out").open("wb")
-        command = [_find(name) or name, *arguments]
+        command = [*self._around, _find(name) or name, *arguments]
         self._daemons.append(
             subprocess.Popen(
                 command, env=self.environment, stdout=log, stderr=log, start_new_session=True
@@ -168,6 +169,11 @@ class Cluster:
         """The queue."""
         return self.ask("squeue --all")
 
+    def logs(self) -> str:
+        """The last lines of each daemon."""
+        paths = [*self.folder.glob("*.log"), *self.folder.glob("*.out")]
+        return "\n".join(f"{path.name}:\n{path.read_text()[-1500:]}" for path in sorted(paths))
+
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says; empty where it is forgotten."""
         words = self.ask(f"scontrol --oneliner show job {number}").split()
@@ -176,6 +182,16 @@ class Cluster:
     def ended(self, number: str) -> bool:
         state = self.job(number).get("JobState", "")
         return state not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "")
+
+
+def _known_host() -> tuple[str, list[str]]:
+    """A name of this machine that it knows, and what the daemons need around them to go by it."""
+    name = socket.gethostname().partition(".")[0]
+    with suppress(OSError):
+        socket.gethostbyname(name)
+        return name, []
+    # A host name of their own.
+    return "localhost", ["unshare", "--uts", "sh", "-c", 'hostname localhost && exec "$0" "$@"']
 
 
 def _free_ports(n: int) -> list[int]:

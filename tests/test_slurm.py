@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,29 +97,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     # A short path, for a socket lies in it.
     with (
         tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as own,
-        Cluster(Path(own), environment) as cluster,
+        ExitStack() as stack,
     ):
+        cluster = Cluster(Path(own), environment)
         place = Place(folder, cluster, data)
-        _require_two_tasks(place)
+        # A sandbox may not let the daemons live, or let them live and never run a job: nothing of
+        # ours can be tried there, and every test would wait for its end in vain.
+        try:
+            stack.enter_context(cluster)
+            job = place.submit("--nodes=2", "--ntasks-per-node=1", "--wrap=srun true")
+            cluster.until(lambda: cluster.ended(job), 90, "the end of tasks that do nothing")
+            assert cluster.job(job)["JobState"] == "COMPLETED"
+        except AssertionError as error:
+            pytest.skip(f"SLURM runs no job on this machine: {error}\n{cluster.logs()}")
         yield place
-
-
-def _require_two_tasks(place: Place) -> None:
-    """A sandbox may let the daemons start and never run a job: nothing of ours can be tried there,
-    and every test would wait for its end in vain."""
-    job = place.submit("--nodes=2", "--ntasks-per-node=1", "--time=2", "--wrap=srun --label true")
-    try:
-        place.cluster.until(
-            lambda: place.cluster.ended(job), 90, f"two tasks that do nothing, {job}"
-        )
-        problem = place.cluster.job(job)["JobState"].replace("COMPLETED", "")
-    except AssertionError as error:
-        problem = str(error)
-    if problem:
-        logs = [
-            path.read_text()[-2000:] for path in sorted(place.cluster.folder.glob("slurm*.log"))
-        ]
-        pytest.skip("\n".join([f"SLURM runs no job on this machine: {problem}", *logs]))
 
 
 @pytest.fixture(scope="module")

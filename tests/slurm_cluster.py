@@ -78,6 +78,7 @@ class Cluster:
         self.environment = os.environ | environment | {"SLURM_CONF": f"{folder}/slurm.conf"}
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._around: list[str] = []
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "Cluster":
         ports = _free_ports(1 + len(NODES))
@@ -103,21 +104,56 @@ class Cluster:
             self.until(lambda: (self.folder / "munge/socket").exists(), 20, "munged")
             self._start("slurmctld", "-D", "-i")
             for name in NODES:
-                self._start("slurmd", "-D", "-N", name)
+                self._nodes[name] = self._start("slurmd", "-D", "-N", name)
             self.until(lambda: self._idle() == len(NODES), 60, "the nodes")
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def _start(self, name: str, *arguments: str) -> None:
+    def _start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         log = (self.folder / f"{name}-{len(self._daemons)}.out").open("wb")
         command = [*self._around, _find(name) or name, *arguments]
-        self._daemons.append(
-            subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=log, start_new_session=True
-            )
+        daemon = subprocess.Popen(
+            command, env=self.environment, stdout=log, stderr=log, start_new_session=True
         )
+        self._daemons.append(daemon)
+        return daemon
+
+    def lose(self, node: str) -> Callable[[], None]:
+        """A node falls silent, its connections open: all that runs on it stands still, and SLURM
+        notices. What is returned ends it and starts the node anew."""
+        daemon, ids = self._nodes[node], self._tasks_of(node)
+        for pid in (daemon.pid, *ids):
+            os.kill(pid, signal.SIGSTOP)
+        self.ask(f"scontrol update nodename={node} state=down reason=lost")
+
+        def back() -> None:
+            self._daemons.remove(daemon)
+            for pid in ids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            daemon.kill()
+            daemon.wait()
+            self._nodes[node] = self._start("slurmd", "-D", "-N", node)
+
+        return back
+
+    def _tasks_of(self, node: str) -> list[int]:
+        """What this cluster's jobs run on a node, and the daemons of their steps."""
+        own = {f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.environment['SLURM_CONF']}"}
+        tasks: list[int] = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it ended meanwhile
+                if own <= set((folder / "environ").read_text(errors="replace").split("\0")):
+                    tasks.append(int(folder.name))
+        steps: set[int] = set()
+        for pid in tasks:
+            with suppress(OSError):
+                parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+                if Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd"):
+                    steps.add(int(parent))
+        return [*tasks, *steps]
 
     def _idle(self) -> int:
         states = self.ask("sinfo --noheader --Node --format=%N,%t").split()

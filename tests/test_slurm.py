@@ -192,6 +192,22 @@ def test_scontrol_requeue(place: Place, whole: Path) -> None:
     assert step >= 2
 
 
+def test_a_lost_node(place: Place, whole: Path) -> None:
+    """The node of rank one falls silent, and comes back empty. Two nodes, DDP."""
+    recipe = place.recipe("lost", *DDP, *SLOW, "--checkpoint_every_steps", 2)
+    job = place.submit(*TWO_NODES, "--time=20", PRETRAIN, *recipe)
+    place.trains("lost", job, 3)
+    back = place.cluster.lose("n2")
+    place.cluster.until(
+        lambda: place.cluster.job(job)["Restarts"] == "1", 60, f"the requeue of job {job}"
+    )
+    back()
+    end = place.ended(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1")
+    (step,) = assert_nothing_lost_or_twice(place, job, "lost", whole)
+    assert step >= 2
+
+
 def test_the_time_limit(place: Place, limited: str, whole: Path) -> None:
     """Two minutes are not enough; USR1 comes a minute ahead of their end. Two nodes, DDP."""
     job = limited

@@ -107,6 +107,24 @@ def test_images_of_the_index_are_read_from_its_shards(
     assert np.array_equal(images[:, 0].numpy(), truth)
 
 
+@pytest.mark.parametrize("more", [(), ("--half", True)])
+def test_a_parquet_finds_what_the_npz_does(
+    more: tuple[object, ...],
+    indexed: Callable[..., tuple[Path, Path]],
+    applied: Callable[..., Path],
+    run_cli: Run,
+) -> None:
+    pytest.importorskip("pyarrow", reason="the extra `parquet` has it")
+    _, index = indexed("ae/variational", *more)
+    table = index.with_suffix(".parquet")
+    words = ["embed", "--encoder", applied("ae/variational"), "--out", table]
+    assert run_cli(*words, *more) == 0
+    key = str(np.load(index)["keys"][7])
+    one, other = search(index, [key]), search(table, [key])
+    assert other.keys == one.keys and other.labels == one.labels
+    assert torch.equal(other.numbers, one.numbers) and torch.equal(other.distances, one.distances)
+
+
 def test_the_same_encoder_elsewhere_and_another_one(
     indexed: Callable[..., tuple[Path, Path]],
     applied: Callable[..., Path],
@@ -141,6 +159,8 @@ def test_mistakes_are_one_line(
     other = tmp_path / "other.npz"
     other.write_bytes(b"no features")
     old, tokens, lost, gone = (tmp_path / f"{name}.npz" for name in ("old", "tok", "lost", "gone"))
+    table = tmp_path / "other.parquet"
+    table.write_bytes(b"no features")
     columns, save = dict(np.load(index)), cast(Any, np.savez)
     save(old, **{name: x for name, x in columns.items() if name != "made"})
     save(tokens, **columns | {"features": np.zeros((50, 2, 3), np.float32)})
@@ -154,8 +174,9 @@ def test_mistakes_are_one_line(
         ([index, "--query", key, "--encoder", "nowhere"], "encoder nowhere is no run folder"),
         ([index], "required: query"),
         ([tmp_path / "missing.npz", "--query", key], "missing.npz"),
-        ([other, "--query", key], "is no .npz of this version's `embed`"),
-        ([old, "--query", key], "is no .npz of this version's `embed`"),
+        ([other, "--query", key], "is no file of this version's `embed`"),
+        ([old, "--query", key], "is no file of this version's `embed`"),
+        ([table, "--query", key], "is no file of this version's `embed`"),
         ([tokens, "--query", key], "holds tokens"),
         ([lost, "--query", key], "/nowhere/test-0.tar"),
         ([gone, "--query", "k1"], "has no image k0 any more"),

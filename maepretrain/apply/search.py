@@ -5,7 +5,6 @@ Real-valued features are compared by the angle between them; binary codes (Salak
 2009) by how many bits differ.
 """
 
-import io
 import json
 import zipfile
 from pathlib import Path
@@ -23,7 +22,7 @@ from maepretrain.data.module import ShardData
 from maepretrain.data.samples import ShardIndex
 from maepretrain.data.shards import open_shards
 from maepretrain.distributed import say
-from maepretrain.evaluate.embed import Embeddings, Encode
+from maepretrain.evaluate.embed import Embeddings, Encode, read
 from maepretrain.evaluate.encoders import load_encoder
 from maepretrain.evaluate.features import CHUNK
 from maepretrain.evaluate.frozen import shown
@@ -61,7 +60,7 @@ def search(
     """Find the images of an index that are most like each query, print and draw them.
 
     Args:
-        index: a .npz of `maepretrain embed`.
+        index: a .npz or .parquet of `maepretrain embed`.
         query: files, folders, or keys of images of the index.
         k: neighbours of each query.
         metric: "cosine", the angle between features (distance 1 - cosine); "hamming", how many bits
@@ -124,20 +123,18 @@ def nearest_bits(
 
 
 def read_index(path: Path) -> Embeddings:
-    """What `maepretrain embed` wrote as .npz.
+    """What `maepretrain embed` wrote.
 
     Raises:
         ValueError: another file, features of tokens.
     """
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as file:
-            found = {name: file[name] for name in Embeddings._fields}
+        found = read(path)
     except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"index {path} is no .npz of this version's `embed`") from error
-    if found["features"].ndim != 2:
+        raise ValueError(f"index {path} is no file of this version's `embed`") from error
+    if found.features.ndim != 2:
         raise ValueError(f"index {path} holds tokens: embed with pool mean or cls")
-    columns = {name: found[name].tolist() for name in ("keys", "shards")}
-    return Embeddings(found["features"], labels=found["labels"], made=str(found["made"]), **columns)
+    return found
 
 
 def data_of(bank: Embeddings) -> ShardData:

@@ -6,6 +6,7 @@ JSON (of parquet in the table's metadata), says by which encoder and how images 
 `maepretrain search` shows it queries alike.
 """
 
+import io
 import json
 import sys
 from importlib.util import find_spec
@@ -196,10 +197,15 @@ def _draw_map(
 def _check_out(out: Path) -> None:
     if out.suffix not in (".npz", ".parquet"):
         raise ValueError(f"--out {out} must end in .npz or .parquet")
-    if out.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise ValueError(f"--out {out}: parquet needs `pip install pyarrow`; .npz needs nothing")
+    if out.suffix == ".parquet":
+        _require_pyarrow(out)
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
+
+
+def _require_pyarrow(path: Path) -> None:
+    if find_spec("pyarrow") is None:
+        raise ValueError(f"{path}: parquet needs `pip install pyarrow`; .npz needs nothing")
 
 
 def write(out: Path, rows: Embeddings) -> None:
@@ -223,6 +229,38 @@ def _write_parquet(file: IO[bytes], rows: Embeddings) -> None:
     columns = {"key": rows.keys, "shard": rows.shards, "label": rows.labels, "feature": column}
     table = pyarrow.table(columns).replace_schema_metadata({"made": rows.made})
     parquet.write_table(table, file)
+
+
+def read(path: Path) -> Embeddings:
+    """What `write` wrote.
+
+    Raises:
+        ValueError: another file, or a .parquet where pyarrow is not installed.
+        KeyError: a file without these columns.
+        OSError: a file that is not there.
+    """
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    with np.load(io.BytesIO(path.read_bytes())) as file:
+        found = {name: file[name] for name in Embeddings._fields}
+    columns = {name: found[name].tolist() for name in ("keys", "shards")}
+    return Embeddings(found["features"], labels=found["labels"], made=str(found["made"]), **columns)
+
+
+def _read_parquet(path: Path) -> Embeddings:
+    _require_pyarrow(path)
+    import pyarrow  # pyright: ignore[reportMissingImports]
+    from pyarrow import parquet  # pyright: ignore[reportMissingImports]
+
+    table = parquet.read_table(pyarrow.BufferReader(path.read_bytes())).combine_chunks()
+    shape, column = [len(table)], table["feature"].combine_chunks()
+    while pyarrow.types.is_fixed_size_list(column.type):
+        shape.append(column.type.list_size)
+        column = column.flatten()
+    features = column.to_numpy(zero_copy_only=False).reshape(shape).copy()  # writable, for torch
+    keys, shards = (table[name].to_pylist() for name in ("key", "shard"))
+    made = table.schema.metadata[b"made"].decode()
+    return Embeddings(features, keys, table["label"].to_numpy().copy(), shards, made)
 
 
 def embed_command(argv: list[str]) -> int:

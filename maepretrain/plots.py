@@ -63,12 +63,18 @@ def reconstruction_grid(
 MAP_POINTS = 5000
 # Up to so many classes a cell of the confusion matrix has room for its number.
 NUMBERED_CLASSES = 20
+# Letters of a class's name that are drawn.
+LABEL = 14
 # Sides to which small images are enlarged.
 TILE = 64
 
 
 def confusion_matrix(
-    truth: Int64[Tensor, "n"], predicted: Int64[Tensor, "n"], classes: int, path: Path
+    truth: Int64[Tensor, "n"],
+    predicted: Int64[Tensor, "n"],
+    classes: int,
+    path: Path,
+    names: list[str] | None = None,
 ) -> Int64[Tensor, "classes classes"]:
     """Draw which class (row) was taken for which (column), each row as shares of its class, and
     save it as PNG.
@@ -78,6 +84,7 @@ def confusion_matrix(
         predicted: the predicted classes.
         classes: how many there are.
         path: where the PNG goes; its folder is made.
+        names: of the classes; without one for each they are numbers.
 
     Returns:
         The counts.
@@ -90,7 +97,9 @@ def confusion_matrix(
     ax.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     ax.set(xlabel="predicted", ylabel="truth", title=f"{len(truth):,} test images")
     if classes <= NUMBERED_CLASSES:
-        ax.set(xticks=range(classes), yticks=range(classes))
+        labels = _labels(names, classes)
+        ax.set_xticks(range(classes), labels, rotation=90 if max(map(len, labels)) > 3 else 0)
+        ax.set_yticks(range(classes), labels)
         for row, column in counts.nonzero().tolist():
             colour = "white" if share[row, column] > 0.5 else "black"
             number = str(int(counts[row, column]))
@@ -99,12 +108,19 @@ def confusion_matrix(
     return counts
 
 
+def _labels(names: list[str] | None, classes: int) -> list[str]:
+    if names is None or len(names) < classes:
+        return [str(number) for number in range(classes)]
+    return [name if len(name) <= LABEL else name[: LABEL - 1] + "…" for name in names[:classes]]
+
+
 def most_confused(
     images: list[Tensor],
     truth: list[int],
     predicted: list[int],
     confidence: list[float],
     path: Path,
+    names: list[str] | None = None,
 ) -> None:
     """Draw images that were taken for another class with the most confidence, and save them as
     PNG.
@@ -115,9 +131,12 @@ def most_confused(
         predicted: what they were taken for.
         confidence: the probability given to the prediction.
         path: where the PNG goes; its folder is made.
+        names: of the classes; without one for each they are numbers.
     """
     found = zip(truth, predicted, confidence, strict=True)
-    titles = [f"{right} taken for {wrong}\n{p:.0%}" for right, wrong, p in found]
+    labels = _labels(names, max([*truth, *predicted], default=0) + 1)
+    between = " taken for " if max(map(len, labels)) <= 3 else "\ntaken for "
+    titles = [f"{labels[right]}{between}{labels[wrong]}\n{p:.0%}" for right, wrong, p in found]
     titled_images(images, titles, min(8, max(1, len(images))), path)
 
 

@@ -2,17 +2,22 @@
 
 import json
 import statistics
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from sklearn.metrics import confusion_matrix as counts_of
 
+from maepretrain.data.shards import class_names, open_shards
+from maepretrain.data.write import find_source, write_shards
 from maepretrain.evaluate.results import print_table, scores, spread, write_results
 from maepretrain.plots import confusion_matrix, embedding_map, most_confused
 
@@ -98,6 +103,48 @@ def test_confusion_matrix_counts_as_scikit_learns(tmp_path: Path, classes: int) 
     theirs = counts_of(truth, logits.argmax(1), labels=range(classes))
     assert counts.tolist() == theirs.tolist()
     assert Image.open(path).width > 400
+
+
+def texts(draw: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All that Matplotlib was made to write in a picture."""
+    written: list[str] = []
+    honest = Text.draw
+
+    def note(self: Text, *arguments: Any, **more: Any) -> None:
+        written.append(self.get_text())
+        honest(self, *arguments, **more)
+
+    monkeypatch.setattr(Text, "draw", note)
+    draw()
+    return written
+
+
+def test_classes_are_called_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cat", "dog", "a very long-named class"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0.png")
+    write_shards(find_source(str(tmp_path / "images"), None, "train"), tmp_path / "shards", "train")
+    names = class_names(open_shards(f"{tmp_path}/shards/train-*.tar"))
+    assert names == ["a very long-named class", "cat", "dog"]
+    some, path = torch.tensor([0, 1, 2]), tmp_path / "a.png"
+    called = {"a very long-n…", "cat", "dog"}
+    assert called <= set(texts(lambda: confusion_matrix(some, some, 3, path, names), monkeypatch))
+    image = [torch.zeros(3, 8, 8)]
+    written = texts(lambda: most_confused(image, [1], [2], [0.5], path, names), monkeypatch)
+    assert "cat\ntaken for dog\n50%" in written
+    # A set of which two names are known is numbered.
+    written = texts(lambda: confusion_matrix(some, some, 3, path, names[:2]), monkeypatch)
+    assert {"0", "1", "2"} <= set(written) and "cat" not in written
+
+
+def test_shards_of_others_have_no_names(tmp_path: Path, shards: Path) -> None:
+    assert class_names(open_shards(f"{shards}/test-*.tar")) == [str(i) for i in range(10)]
+    for content in (None, b"{", b"[]", b'{"classes": 3}'):
+        copy = tmp_path / "a-000000.tar"
+        copy.write_bytes((shards / "test-000000.tar").read_bytes())
+        if content is not None:
+            (tmp_path / "a.json").write_bytes(content)
+        assert class_names(open_shards(str(copy))) == []
 
 
 @pytest.mark.parametrize(("number", "channels"), [(1, 1), (11, 3), (24, 4)])

@@ -172,6 +172,19 @@ def open_shards(
     return [known[url] for url in urls]
 
 
+def class_names(shards: list[Shard]) -> list[str]:
+    """Names of the classes in the order of their numbers, as `shards write` left them beside local
+    shards; empty where it did not."""
+    if not shards or is_remote(shards[0].url):
+        return []
+    shard = Path(shards[0].url)
+    try:
+        content = json.loads(shard.with_name(f"{shard.stem.rpartition('-')[0]}.json").read_bytes())
+        return [str(name) for name in content["classes"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def make_indexes(paths: list[Path], workers: int = 1, checksum: bool = False) -> list[Shard]:
     """Write the sidecar of each shard, in parallel.
 

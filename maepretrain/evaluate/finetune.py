@@ -17,6 +17,7 @@ from maepretrain.arguments import allow_bare_flags, make_parser
 from maepretrain.callbacks import LastCheckpoint, Throughput, show_in_tensorboard
 from maepretrain.data.augment import Augmentation
 from maepretrain.data.module import ShardData
+from maepretrain.data.shards import class_names
 from maepretrain.distributed import say
 from maepretrain.engines.sharded import Sharded
 from maepretrain.evaluate.classifier import Classifier, Head, Kind, Pool
@@ -247,14 +248,15 @@ def draw(
         truth: their classes.
     """
     predicted, confidence = logits.argmax(1), logits.softmax(1).amax(1)
-    confusion_matrix(truth, predicted, logits.shape[1], pictures / "finetune-confusion.png")
+    names = class_names(data.val_index.shards) if data.val_index is not None else []
+    confusion_matrix(truth, predicted, logits.shape[1], pictures / "finetune-confusion.png", names)
     wrong = (predicted != truth).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)][:CONFUSED]
     if len(wrong) and len(data.shape) == 3 and data.val_index is not None:
         read = data.evaluation(data.val_index).__getitems__(wrong.tolist())["input"]
         right, taken, sure = (v[wrong].tolist() for v in (truth, predicted, confidence))
         path = pictures / "finetune-most-confused.png"
-        most_confused(list(shown(read)), right, taken, sure, path)
+        most_confused(list(shown(read)), right, taken, sure, path, names)
 
 
 def finetune_parser(parser: Any) -> Any:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from maepretrain.data.module import ShardData
-from maepretrain.data.shards import summary
+from maepretrain.data.shards import class_names, summary
 from maepretrain.distributed import is_rank_zero, say
 from maepretrain.evaluate.encoders import fresh_encoder, load_encoder, run_of
 from maepretrain.evaluate.features import FeatureFiles, Processes, feature_folder, write_features
@@ -209,11 +209,13 @@ class Frozen:
         if not is_rank_zero():
             return
         pictures, truth = self.folder / "pictures" / self.name, test.labels
+        names = class_names(self.sets.test.shards)
         confusion_matrix(
             truth,
             outcome.predicted,
             self.sets.classes,
             pictures.with_name(f"{self.name}-confusion.png"),
+            names,
         )
         wrong = (outcome.predicted != truth).nonzero().flatten()
         wrong = wrong[outcome.confidence[wrong].argsort(descending=True)][:CONFUSED]
@@ -226,6 +228,7 @@ class Frozen:
                 outcome.predicted[wrong].tolist(),
                 outcome.confidence[wrong].tolist(),
                 pictures.with_name(f"{self.name}-most-confused.png"),
+                names,
             )
         methods: tuple[Literal["pca", "tsne"], ...] = ("pca", "tsne") if tsne else ("pca",)
         features = test.rows(torch.arange(len(test)), outcome.view)

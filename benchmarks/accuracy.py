@@ -73,7 +73,7 @@ COMMON: dict[str, Any] = {
 }
 TASKS = {
     "fashion_mnist": Task(
-        "mae/fashion_mnist",
+        "mae/fashion_mnist_quick",
         HERE / "recipes/official_fashion_mnist.yaml",
         COMMON | FASHION,
         0.286,

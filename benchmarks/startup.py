@@ -5,6 +5,7 @@ torchvision, Lightning and timm alone takes, which is the limit.
 """
 
 import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -57,8 +58,9 @@ def main(argv: list[str]) -> None:
     asked = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        for name, images in zip(("train", "test"), digits(), strict=True):
-            write_shards(Arrays(images.images, images.labels), folder, name)
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the results
+            for name, images in zip(("train", "test"), digits(), strict=True):
+                write_shards(Arrays(images.images, images.labels), folder, name)
         times: dict[str, list[float]] = {name: [] for name in commands(folder)}
         for number in range(asked.rounds + 1):
             for name, (command, code) in commands(folder).items():

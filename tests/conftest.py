@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Two noisy cores: more threads than one make small models slower, and bit-equality needs a fixed
@@ -26,6 +26,13 @@ TINY = [
     *("--data.global_batch", "24", "--data.num_workers", "0", "--trainer.log_every_n_steps", "1"),
     *("--optim.warmup_epochs", "1", "--checkpoint_every_steps", "1000000"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _no_ranks_are_left() -> Iterator[None]:
+    yield
+    if "recorder" in sys.modules:
+        sys.modules["recorder"].end_all()
 
 
 @pytest.fixture(scope="session")

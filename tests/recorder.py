@@ -135,6 +135,15 @@ def read_records(folder: Path) -> list[Record]:
     )
 
 
+_started: list["Ranks"] = []
+
+
+def end_all() -> None:
+    """End what a test left running: pytest would wait for it at its own end, for ever."""
+    while _started:
+        _started.pop().kill()
+
+
 class Ranks:
     """The processes of one run.
 
@@ -179,6 +188,7 @@ class Ranks:
             context.Process(target=_run_rank, args=(words, environment, rank))
             for rank in range(world_size)
         ]
+        _started.append(self)
         for process in self.processes:
             process.start()
 

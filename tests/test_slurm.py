@@ -198,10 +198,12 @@ def test_a_lost_node(place: Place, whole: Path) -> None:
     job = place.submit(*TWO_NODES, "--time=20", PRETRAIN, *recipe)
     place.trains("lost", job, 3)
     back = place.cluster.lose("n2")
-    place.cluster.until(
-        lambda: place.cluster.job(job)["Restarts"] == "1", 60, f"the requeue of job {job}"
-    )
-    back()
+    try:
+        place.cluster.until(
+            lambda: place.cluster.job(job)["Restarts"] == "1", 60, f"the requeue of job {job}"
+        )
+    finally:
+        back()
     end = place.ended(job)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1")
     (step,) = assert_nothing_lost_or_twice(place, job, "lost", whole)

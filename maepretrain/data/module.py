@@ -122,7 +122,7 @@ class ShardData(L.LightningDataModule):
         self.crops, self.exif, self.max_faults = crops_per_image, exif, max_faults
         self._set_crops(image_size, scale, ratio, flip, val_share)
         self.cache = ShardCache(cache, int(cache_gb * 1e9))
-        if not isinstance(train, dict):  # a mixture has lanes of each source
+        if exact and not isinstance(train, dict):  # a mixture has lanes of each source
             lanes_of(global_batch // crops_per_image, lanes, block)
         self._order_arguments = (seed, lanes, block, tail)
         self.samples_per_epoch = samples_per_epoch

@@ -25,15 +25,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.peers import lightly
 from benchmarks.timing import entry, positive, table
-from maepretrain.compare import compare
+from maepretrain.apply.export import OWN_KEY
 from maepretrain.data.module import ShardData
-from maepretrain.data.write import Source, find_source, write_shards
+from maepretrain.data.shards.write import Source, find_source, write_shards
 from maepretrain.evaluate.heads import LinearSweep
 from maepretrain.evaluate.neighbours import NeighbourSweep
 from maepretrain.evaluate.probe import probe
-from maepretrain.export import OWN_KEY
-from maepretrain.models.mae import MaskedAutoencoder
-from maepretrain.quickstart import digits
+from maepretrain.models.mae.model import MaskedAutoencoder
+from maepretrain.workflows.compare import compare
+from maepretrain.workflows.quickstart import digits
 
 HERE = Path(__file__).parent
 OFFICIAL, LIGHTLY, OURS = "official recipe", "lightly, its own settings", "**maepretrain**"

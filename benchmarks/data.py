@@ -33,7 +33,7 @@ from benchmarks.photographs import make_jpegs
 from benchmarks.timing import entry, positive, progress
 from maepretrain.data.images import UNIFORMS, Augment, decode
 from maepretrain.data.module import ShardData
-from maepretrain.data.write import find_source, write_shards
+from maepretrain.data.shards.write import find_source, write_shards
 from maepretrain.randomness import uniform
 
 BATCH, SIDE = 64, 224

@@ -32,9 +32,9 @@ def child(argv: list[str]) -> int:
     import lightning as L
     from lightning.pytorch.trainer.connectors import checkpoint_connector
 
-    from maepretrain.callbacks import Throughput
-    from maepretrain.cli import main
-    from maepretrain.engines.sharded import Sharded, copies
+    from maepretrain.cli.main import main
+    from maepretrain.strategies.sharded import Sharded, copies
+    from maepretrain.training.callbacks.throughput import Throughput
 
     def note(what: str, **values: float) -> None:
         with Path(os.environ[NOTES]).open("a") as file:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.timing import cpu_seconds, entry, interleaved, positive, progress, table
-from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.models.mae.model import MaskedAutoencoder
 
 # (name, arguments of MaskedAutoencoder, batch)
 SIZES: list[tuple[str, dict[str, Any], int]] = [
@@ -37,9 +37,9 @@ class Product(NamedTuple):
 
 
 def products(model: MaskedAutoencoder, batch: int) -> list[Product]:
-    """The linear layers of a step that computes nothing in vain (see maepretrain/models/mae.py): of
-    mask tokens the first decoder block has queries, keys and values once a place, and the last
-    one puts out masked patches alone."""
+    """The linear layers of a step that computes nothing in vain (see maepretrain/models/mae): mask
+    tokens have queries, keys and values of the first decoder block once a place, and its last block
+    puts out masked patches alone."""
     n = model.grid[0] * model.grid[1]
     seen, every = batch * (model.prefix + model.visible), batch * (model.prefix + n)
     masked, depth = batch * (n - model.visible), len(model.decoder_blocks)

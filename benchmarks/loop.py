@@ -28,10 +28,11 @@ from benchmarks.photographs import make_jpegs
 from benchmarks.timing import entry, positive, progress, table, workers_seconds
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch
-from maepretrain.data.write import find_source, write_shards
-from maepretrain.models.mae import MaskedAutoencoder
-from maepretrain.optim import Optimization
-from maepretrain.pretrain import Pretrain, pretrain
+from maepretrain.data.shards.write import find_source, write_shards
+from maepretrain.models.mae.model import MaskedAutoencoder
+from maepretrain.training.optimizer import Optimization
+from maepretrain.training.pretrain import Pretrain
+from maepretrain.workflows.pretrain import pretrain
 
 GOAL = 0.05
 Way = Callable[[MaskedAutoencoder, int], object]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from benchmarks.timing import entry, interleaved, positive, progress, ratio, table
-from maepretrain.flops import flops
-from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.models.flops import flops
+from maepretrain.models.mae.model import MaskedAutoencoder
 
 # (label, arguments of MaskedAutoencoder besides the default's). A line more is a row more.
 OPTIONS: list[tuple[str, dict[str, Any]]] = [

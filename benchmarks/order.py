@@ -17,7 +17,7 @@ import torch
 
 from maepretrain.data.order import EpochOrder
 from maepretrain.data.samples import ShardIndex
-from maepretrain.data.shards import INDEX_VERSION, open_shards
+from maepretrain.data.shards.index import INDEX_VERSION, open_shards
 
 # (shards, samples in each, classes, batch, lanes, block); 1281 x 1000 is ImageNet.
 SETTINGS = [

@@ -23,9 +23,9 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from maepretrain.checkpoints import hugging_face_config, official_weights, to_hugging_face
-from maepretrain.export import timm_arguments, timm_name
-from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.apply.export import timm_arguments, timm_name
+from maepretrain.checkpoints.weights import hugging_face_config, official_weights, to_hugging_face
+from maepretrain.models.mae.model import MaskedAutoencoder
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

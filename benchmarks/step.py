@@ -17,8 +17,8 @@ from torch import Tensor
 from benchmarks.gemm import SIZES, Rate
 from benchmarks.peers import Official, Side, available, ours
 from benchmarks.timing import Times, cpu_seconds, entry, positive, progress, ratio, table
-from maepretrain.flops import flops
-from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.models.flops import flops
+from maepretrain.models.mae.model import MaskedAutoencoder
 
 OURS, BASE = "**maepretrain**", "official arrangement"
 EQUAL = 1e-6  # relative difference of losses, fp32

@@ -14,10 +14,10 @@ from small import digit_images, fit
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
-from maepretrain.models.autoencoder import Autoencoder
-from maepretrain.models.coders import Dense
-from maepretrain.models.contractive import Contractive
-from maepretrain.models.sparse import Sparse
+from maepretrain.models.autoencoders.autoencoder import Autoencoder
+from maepretrain.models.autoencoders.coders import Dense
+from maepretrain.models.autoencoders.contractive import Contractive
+from maepretrain.models.autoencoders.sparse import Sparse
 
 
 @torch.no_grad()

@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-from maepretrain.codec import Codec, psnr
-from maepretrain.data.write import ImageFolder, write_shards
-from maepretrain.experiments import pretrain_command
+from maepretrain.compression.codec import Codec, psnr
+from maepretrain.data.shards.write import ImageFolder, write_shards
+from maepretrain.workflows.pretrain import pretrain_command
 
 TRAIN = ("astronaut", "rocket", "china", "flower")
 TRAIN_GRAY = ("camera", "brick", "grass", "gravel")

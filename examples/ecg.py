@@ -23,10 +23,10 @@ import torch
 from scipy.fft import dct, idct
 from sklearn.decomposition import PCA
 
-from maepretrain.data.write import ImageFolder, write_shards
-from maepretrain.evaluate.encoders import load_encoder
-from maepretrain.experiments import pretrain_command
+from maepretrain.checkpoints.encoders import load_encoder
+from maepretrain.data.shards.write import ImageFolder, write_shards
 from maepretrain.plots import reconstruction_grid
+from maepretrain.workflows.pretrain import pretrain_command
 
 RATE, LENGTH, KEPT = 360, 512, 32
 HELD_OUT = 60 * RATE

@@ -22,11 +22,11 @@ from maepretrain.evaluate.geometry import (
     sensitivity,
     vector_field,
 )
-from maepretrain.models.autoencoder import Autoencoder
-from maepretrain.models.coders import Dense
-from maepretrain.models.contractive import Contractive
-from maepretrain.models.denoising import Denoising
-from maepretrain.quickstart import digits
+from maepretrain.models.autoencoders.autoencoder import Autoencoder
+from maepretrain.models.autoencoders.coders import Dense
+from maepretrain.models.autoencoders.contractive import Contractive
+from maepretrain.models.autoencoders.denoising import Denoising
+from maepretrain.workflows.quickstart import digits
 
 
 def main(folder: Path) -> None:

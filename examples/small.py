@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from maepretrain.quickstart import digits
+from maepretrain.workflows.quickstart import digits
 
 
 def digit_images() -> tuple[Float[Tensor, "n 1 8 8"], Float[Tensor, "m 1 8 8"]]:

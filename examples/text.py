@@ -24,12 +24,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.data.images import PADDING, SignalCrop
 from maepretrain.data.samples import Samples, ShardIndex
-from maepretrain.data.shards import open_shards
-from maepretrain.data.write import ImageFolder, write_shards
-from maepretrain.evaluate.encoders import load_encoder
-from maepretrain.experiments import pretrain_command
+from maepretrain.data.shards.index import open_shards
+from maepretrain.data.shards.write import ImageFolder, write_shards
+from maepretrain.workflows.pretrain import pretrain_command
 
 MODELS = {"mask tokens in the encoder": "masked_bytes", "in the decoder": "mae_bytes"}
 LENGTH = 64

@@ -1,5 +1,5 @@
 """`python -m maepretrain` is the same as `maepretrain`."""
 
-from maepretrain.cli import console
+from maepretrain.cli.main import console
 
 console()

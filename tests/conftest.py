@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import pytest
 import torch
 
-from maepretrain.data.write import Arrays, write_shards
-from maepretrain.quickstart import digits
+from maepretrain.data.shards.write import Arrays, write_shards
+from maepretrain.workflows.quickstart import digits
 
 torch.set_num_threads(1)
 
@@ -47,7 +47,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """`maepretrain ...` in this process: importing torch and lightning anew costs ten seconds."""
-    from maepretrain.cli import main
+    from maepretrain.cli.main import main
 
     monkeypatch.setattr(sys, "argv", ["maepretrain"])
     return lambda *argv: main([str(a) for a in argv])
@@ -57,7 +57,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 def applied(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The run of a few steps of a config on the small shards, of pixels in 0..1; made once for all
     tests."""
-    from maepretrain.cli import main
+    from maepretrain.cli.main import main
 
     folder, made = tmp_path_factory.mktemp("applied"), {}
 

@@ -8,8 +8,8 @@ import importlib
 
 import torch
 
-import maepretrain.experiments  # noqa: F401
-from maepretrain.engines import zero
+import maepretrain.workflows.pretrain  # noqa: F401
+from maepretrain.strategies import zero
 
 zero._prepare(torch.cuda.is_available())
 # DeepSpeed imports these when its engine starts; the first brings torch's compiler along.

@@ -270,7 +270,7 @@ def _run_rank(words: list[str], environment: dict[str, str], rank: int) -> None:
     """`maepretrain ...` as one rank, its output in a file."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-    from maepretrain.cli import main
+    from maepretrain.cli.main import main
 
     # Loader workers start as they do in an interpreter of their own, not by this parent's server.
     multiprocessing.set_start_method("fork", force=True)

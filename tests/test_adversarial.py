@@ -12,11 +12,11 @@ from halves import assert_halves_average_to_the_whole
 from torch import Tensor
 from torch.nn import functional as F
 
-from maepretrain.data.write import Arrays, write_shards
+from maepretrain.data.shards.write import Arrays, write_shards
 from maepretrain.evaluate.neighbours import knn_accuracy
-from maepretrain.models.adversarial import Adversarial
-from maepretrain.models.coders import Coder, Dense
-from maepretrain.quickstart import digits
+from maepretrain.models.autoencoders.adversarial import Adversarial
+from maepretrain.models.autoencoders.coders import Coder, Dense
+from maepretrain.workflows.quickstart import digits
 
 FRESH = torch.arange(10**6, 10**6 + 1000)  # positions that no training reaches
 

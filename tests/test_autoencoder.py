@@ -10,8 +10,8 @@ from sklearn.decomposition import PCA
 from small import digit_images, fit
 from torch import Tensor, nn
 
-from maepretrain.models.autoencoder import Autoencoder
-from maepretrain.models.coders import Coder, Convolutional, Dense
+from maepretrain.models.autoencoders.autoencoder import Autoencoder
+from maepretrain.models.autoencoders.coders import Coder, Convolutional, Dense
 
 
 def error(model: nn.Module, images: Tensor) -> float:

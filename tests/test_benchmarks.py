@@ -17,8 +17,8 @@ from benchmarks.peers import PEERS, Official, Side, available, ours
 from benchmarks.scaling import quarters
 from benchmarks.step import EQUAL, Step, differences, measure, report, totals
 from benchmarks.timing import interleaved, ratio, table
-from maepretrain.flops import flops
-from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.models.flops import flops
+from maepretrain.models.mae.model import MaskedAutoencoder
 
 NAMES = [
     name for name in (*command.NAMES, *command.HOURS) if (command.HERE / f"{name}.py").exists()

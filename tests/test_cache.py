@@ -25,11 +25,11 @@ import fsspec
 import pytest
 from servers import NGINX, NO_NGINX, FaultServer, nginx
 
-from maepretrain.data import cache as module
-from maepretrain.data import remote
-from maepretrain.data.cache import ReadAhead, ShardCache
-from maepretrain.data.faults import ShardError
-from maepretrain.data.remote import basename
+from maepretrain.data.errors import ShardError
+from maepretrain.data.stores import cache as module
+from maepretrain.data.stores import remote
+from maepretrain.data.stores.cache import ReadAhead, ShardCache
+from maepretrain.data.stores.remote import basename
 
 BYTES = 300_000
 
@@ -110,9 +110,9 @@ def wait_for_part(cache: ShardCache, size: int) -> None:
 SETUP = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's background job
-from maepretrain.data import remote
-from maepretrain.data.cache import ReadAhead, ShardCache
-from maepretrain.data.faults import ShardError
+from maepretrain.data.stores import remote
+from maepretrain.data.stores.cache import ReadAhead, ShardCache
+from maepretrain.data.errors import ShardError
 from pathlib import Path
 remote.BLOCK, remote.BACKOFF = 1 << 16, 0.01
 folder, url, size, checksum = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] or None

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 from servers import FaultServer
 
-from maepretrain.data.cache import ShardCache
 from maepretrain.data.check import Asked, _repeated, check_shards
 from maepretrain.data.images import Augment
 from maepretrain.data.order import EpochOrder
 from maepretrain.data.samples import Samples, ShardIndex
-from maepretrain.data.shards import index_path, make_indexes, open_shards
+from maepretrain.data.shards.index import index_path, make_indexes, open_shards
+from maepretrain.data.stores.cache import ShardCache
 
 Run = Callable[..., int]
 Files = list[tuple[str, bytes]]

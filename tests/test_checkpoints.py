@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from maepretrain.checkpoints import (
+from maepretrain.checkpoints.weights import (
     from_hugging_face,
     load_official,
     official_model,
@@ -25,7 +25,7 @@ from maepretrain.checkpoints import (
     read_weights,
     to_hugging_face,
 )
-from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.models.mae.model import MaskedAutoencoder
 
 Layout = dict[str, tuple[int, ...]]
 

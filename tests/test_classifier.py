@@ -18,8 +18,8 @@ from maepretrain.evaluate.classifier import (
     choose_layers,
     set_drop_path,
 )
-from maepretrain.models.mae import MaskedAutoencoder
-from maepretrain.optim import Optimization
+from maepretrain.models.mae.model import MaskedAutoencoder
+from maepretrain.training.optimizer import Optimization
 
 
 def model(depth: int = 3, seed: int = 0) -> MaskedAutoencoder:

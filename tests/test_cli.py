@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from maepretrain import __version__
-from maepretrain.arguments import UserError, find_config, shipped_configs
-from maepretrain.cli import VERBS, check_torch_pair
+from maepretrain.cli.main import VERBS, check_torch_pair
+from maepretrain.parsing import UserError, find_config, shipped_configs
 
 Run = Callable[..., int]
 
@@ -23,7 +23,8 @@ def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProc
 
 def test_help_needs_neither_torch_nor_lightning() -> None:
     code = (
-        "import sys; from maepretrain.cli import main; main(['--help']); print(sorted(sys.modules))"
+        "import sys; from maepretrain.cli.main import main; main(['--help']); "
+        "print(sorted(sys.modules))"
     )
     done = python("-c", code)
     assert "maepretrain VERB" in done.stdout

@@ -13,8 +13,8 @@ from PIL import Image
 from skimage.data import astronaut
 from skimage.metrics import peak_signal_noise_ratio
 
-from maepretrain.codec import HEADER, Codec, psnr, read_symbols, write_symbols
-from maepretrain.data.write import Arrays, write_shards
+from maepretrain.compression.codec import HEADER, Codec, psnr, read_symbols, write_symbols
+from maepretrain.data.shards.write import Arrays, write_shards
 
 Run = Callable[..., int]
 SIDES = (53, 70)
@@ -56,7 +56,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A few steps of each model, on pieces of a photograph."""
-    from maepretrain.cli import main
+    from maepretrain.cli.main import main
 
     folder = tmp_path_factory.mktemp("runs")
     tiles = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maepretrain.models.coders import Coder, Convolutional, Dense
+from maepretrain.models.autoencoders.coders import Coder, Convolutional, Dense
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.rand(3, 2, 6, 5, generator=GENERATOR)

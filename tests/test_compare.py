@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 
-from maepretrain import compare as module
+from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.data.module import ShardData
-from maepretrain.evaluate.encoders import load_encoder
+from maepretrain.workflows import compare as module
 
 TINY_MAE = {
     "class_path": "MaskedAutoencoder",

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from maepretrain import huffman
-from maepretrain.checkpoints import read_state
-from maepretrain.compress import Pruning, centroid_gradient, share, unshare
+from maepretrain.checkpoints import huffman
+from maepretrain.checkpoints.encoders import load_encoder
+from maepretrain.checkpoints.packing import Shared, eight_bits, from_runs, pack, sparse, to_runs
+from maepretrain.checkpoints.weights import read_state
+from maepretrain.compression.compress import Pruning, centroid_gradient, share, unshare
 from maepretrain.evaluate.classifier import Head
-from maepretrain.evaluate.encoders import load_encoder
-from maepretrain.packing import Shared, eight_bits, from_runs, pack, sparse, to_runs
 
 Run = Callable[..., int]
 SHORT = [
@@ -264,7 +264,7 @@ def tuned(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a tiny encoder, fine-tuned until it tells digits apart."""
     from conftest import TINY
 
-    from maepretrain.cli import main
+    from maepretrain.cli.main import main
 
     folder = tmp_path_factory.mktemp("compress")
     data = ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
@@ -284,7 +284,7 @@ def tuned(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compressed(tuned: Path) -> Path:
-    from maepretrain.cli import main
+    from maepretrain.cli.main import main
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["maepretrain"])
@@ -323,7 +323,7 @@ def test_the_file_is_small_sparse_and_what_was_scored(
     # Encoder and head out of the file score what the table says, through other code.
     from maepretrain.data.images import CentreCrop
     from maepretrain.data.samples import Samples, ShardIndex
-    from maepretrain.data.shards import open_shards
+    from maepretrain.data.shards.index import open_shards
 
     index = ShardIndex(open_shards(f"{shards}/test-*.tar"))
     read = Samples(index, 1, CentreCrop(16, 16, 1.0)).__getitems__([*range(50)])

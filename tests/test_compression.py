@@ -12,7 +12,7 @@ from scipy.stats import logistic
 from small import digit_images, fit
 from torch import Tensor
 
-from maepretrain.models.compression import (
+from maepretrain.compression.autoencoder import (
     LARGEST,
     Compression,
     DivisiveNormalisation,

@@ -7,12 +7,12 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from maepretrain.arguments import configs_folder, find_config, shipped_configs
 from maepretrain.evaluate.finetune import finetune_parser
 from maepretrain.evaluate.knn import knn_parser
 from maepretrain.evaluate.probe import probe_parser
-from maepretrain.experiments import pretrain_parser
-from maepretrain.training import in_steps
+from maepretrain.parsing import configs_folder, find_config, shipped_configs
+from maepretrain.training.fit import in_steps
+from maepretrain.workflows.pretrain import pretrain_parser
 
 SIZES = ("base", "large", "huge")
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload")

@@ -8,8 +8,8 @@ from small import digit_images, fit
 from torch import Tensor
 from torch.func import jacrev, vmap
 
-from maepretrain.models.coders import Coder, Convolutional, Dense
-from maepretrain.models.contractive import Contractive
+from maepretrain.models.autoencoders.coders import Coder, Convolutional, Dense
+from maepretrain.models.autoencoders.contractive import Contractive
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(6, 2, 5, 4, generator=GENERATOR, dtype=torch.float64)

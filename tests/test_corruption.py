@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms.functional import InterpolationMode
 from torchvision.transforms.functional import affine as torchvision_affine
 
-from maepretrain.models.corruption import Corruption, Kind, affine, choose
+from maepretrain.models.autoencoders.corruption import Corruption, Kind, affine, choose
 from maepretrain.randomness import normal
 
 GENERATOR = torch.Generator().manual_seed(0)

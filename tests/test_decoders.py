@@ -10,7 +10,7 @@ from test_mae import pictures, some_noise, tiny, visible
 from torch import Tensor
 from torch.nn import functional as F
 
-from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.models.mae.model import MaskedAutoencoder
 
 OPTIONS: list[dict[str, Any]] = [
     {},

@@ -12,10 +12,10 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from maepretrain.apply.denoise import denoise
-from maepretrain.apply.given import parse_application
-from maepretrain.evaluate.encoders import load_encoder
-from maepretrain.models.corruption import Corruption
-from maepretrain.quickstart import digits
+from maepretrain.apply.inputs import parse_application
+from maepretrain.checkpoints.encoders import load_encoder
+from maepretrain.models.autoencoders.corruption import Corruption
+from maepretrain.workflows.quickstart import digits
 
 Run = Callable[..., int]
 

@@ -14,9 +14,9 @@ from small import digit_images, fit
 from test_pretrain import assert_close_weights, column
 from torch import Tensor
 
-from maepretrain.models.coders import Convolutional, Dense
-from maepretrain.models.corruption import Corruption, Kind
-from maepretrain.models.denoising import Denoising
+from maepretrain.models.autoencoders.coders import Convolutional, Dense
+from maepretrain.models.autoencoders.corruption import Corruption, Kind
+from maepretrain.models.autoencoders.denoising import Denoising
 
 
 def mse(a: Tensor, b: Tensor) -> float:

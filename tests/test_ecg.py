@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maepretrain.arguments import configs_folder
+from maepretrain.parsing import configs_folder
 
 EXAMPLE = Path(__file__).parent.parent / "examples/ecg.py"
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.data.images import resize
-from maepretrain.evaluate.encoders import load_encoder
 from maepretrain.plots import embedding_map
-from maepretrain.quickstart import digits
+from maepretrain.workflows.quickstart import digits
 
 Run = Callable[..., int]
 
@@ -84,7 +84,7 @@ def test_without_pyarrow_parquet_is_refused_before_work(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("maepretrain.evaluate.embed.find_spec", lambda _: None)
+    monkeypatch.setattr("maepretrain.apply.embed.find_spec", lambda _: None)
     assert run_cli("embed", "--encoder", run, "--out", tmp_path / "a.parquet") == 2
     assert "parquet needs `pip install pyarrow`" in capsys.readouterr().err
 

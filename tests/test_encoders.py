@@ -16,19 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
-from maepretrain.arguments import UserError, make_parser, parse
-from maepretrain.checkpoints import official_weights
+from maepretrain.checkpoints.encoders import fresh_encoder, load_encoder, require_blocks
+from maepretrain.checkpoints.weights import official_weights
 from maepretrain.data.module import ShardData
-from maepretrain.evaluate.encoders import (
-    TimmViT,
-    data_of_encoder,
-    evaluation_parser,
-    fresh_encoder,
-    load_encoder,
-    require_blocks,
-)
-from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.evaluate.options import data_of_encoder, evaluation_parser
+from maepretrain.models.mae.model import MaskedAutoencoder
+from maepretrain.models.timm_encoder import TimmViT
 from maepretrain.models.vit import sincos_positions
+from maepretrain.parsing import UserError, make_parser, parse
 
 Run = Callable[..., int]
 
@@ -258,10 +253,10 @@ def test_an_official_file_gives_what_timm_gives(
     tmp_path: Path, data: Callable[..., ShardData], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a size that the official code does not publish, or this would take a gigabyte."""
-    from maepretrain import checkpoints
+    from maepretrain.checkpoints import weights as module
 
     vit: Any = timm.create_model("vit_tiny_patch16_224.augreg_in21k", num_classes=0, img_size=64)
-    monkeypatch.setitem(checkpoints.OFFICIAL_ENCODERS, (192, 12, 16), "vit_tiny_patch16_224")
+    monkeypatch.setitem(module.OFFICIAL_ENCODERS, (192, 12, 16), "vit_tiny_patch16_224")
     args = argparse.Namespace(model="mae_vit_tiny")
     torch.save({"model": vit.state_dict(), "args": args}, tmp_path / "tiny.pth")
     model: Any = load_encoder(str(tmp_path / "tiny.pth"), data(64, 3)).eval()

@@ -31,7 +31,7 @@ from recorder import (
 )
 from safetensors import safe_open
 
-from maepretrain.engines.fragments import Saved, is_sharded, read_meta
+from maepretrain.checkpoints.sharded import Saved, is_sharded, read_meta
 
 STEPS, BATCH, KEEP = 20, 24, 7
 CLIP = ["--trainer.gradient_clip_val", "0.5"]

@@ -13,11 +13,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from transformers import AutoImageProcessor, ViTMAEForPreTraining, ViTMAEModel
 
-from maepretrain.checkpoints import OWN_KEY, read_weights
-from maepretrain.evaluate.encoders import load_encoder
-from maepretrain.evaluate.results import write_results
-from maepretrain.export import export, loading, timm_arguments
-from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.apply.export import export, loading, timm_arguments
+from maepretrain.checkpoints.encoders import load_encoder
+from maepretrain.checkpoints.weights import OWN_KEY, read_weights
+from maepretrain.models.mae.model import MaskedAutoencoder
+from maepretrain.runs.results import write_results
 
 Run = Callable[..., int]
 FORMATS = ("timm", "hf", "mae", "safetensors")

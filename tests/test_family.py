@@ -10,8 +10,8 @@ import pytest
 import torch
 from recorder import Ranks
 
-from maepretrain.arguments import find_config, shipped_configs
-from maepretrain.evaluate.encoders import load_encoder
+from maepretrain.checkpoints.encoders import load_encoder
+from maepretrain.parsing import find_config, shipped_configs
 
 CONFIGS = [name for name in shipped_configs() if name.startswith("ae/")]
 # The signals of this one are another test's.

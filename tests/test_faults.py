@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from maepretrain.data.faults import (
+from maepretrain.data.errors import (
     ALWAYS_BORNE,
     CORRUPT_INPUT,
     KINDS,
@@ -93,7 +93,7 @@ def test_a_resumed_run_goes_on_with_the_list(tmp_path: Path):
 WRITER = """
 import sys
 from pathlib import Path
-from maepretrain.data.faults import Fault, FaultList
+from maepretrain.data.errors import Fault, FaultList
 
 path, name = Path(sys.argv[1]), sys.argv[2]
 mine = FaultList(path, 10**6, 1.0)

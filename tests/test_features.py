@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from maepretrain.data.module import ShardData
+from maepretrain.evaluate.feature_sets import pixels
 from maepretrain.evaluate.features import Processes, embed, feature_folder, write_features
-from maepretrain.evaluate.views import pixels
-from maepretrain.quickstart import digits
+from maepretrain.workflows.quickstart import digits
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 import torch
 from recorder import Ranks
 
+from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.evaluate.classifier import Classifier
-from maepretrain.evaluate.encoders import load_encoder
 
 Run = Callable[..., int]
 LONG = ["--optim.base_lr", 0.1, "--trainer.max_epochs", 30]
@@ -29,7 +29,7 @@ def encoder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a tiny pretraining."""
     from conftest import TINY
 
-    from maepretrain.cli import main
+    from maepretrain.cli.main import main
 
     run = tmp_path_factory.mktemp("encoder") / "run"
     data = ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from maepretrain.flops import flops
-from maepretrain.models.autoencoder import Autoencoder
-from maepretrain.models.coders import Dense
-from maepretrain.models.denoising import Denoising
-from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.models.autoencoders.autoencoder import Autoencoder
+from maepretrain.models.autoencoders.coders import Dense
+from maepretrain.models.autoencoders.denoising import Denoising
+from maepretrain.models.flops import flops
+from maepretrain.models.mae.model import MaskedAutoencoder
 
 SMALL = {"encoder": "vit_tiny_patch16_224", "image_size": 64, "decoder_width": 96}
 SMALL |= {"decoder_heads": 3, "decoder_depth": 2}

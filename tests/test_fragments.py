@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maepretrain import distributed
-from maepretrain.engines.fragments import (
+from maepretrain import ranks
+from maepretrain.checkpoints.sharded import (
     META,
     WEIGHT,
     Fragment,
@@ -34,7 +34,8 @@ from maepretrain.engines.fragments import (
     recover,
     save,
 )
-from maepretrain.runs import RunFolder, WholeCheckpointIO
+from maepretrain.checkpoints.whole import WholeCheckpointIO
+from maepretrain.runs.folder import RunFolder
 
 SHAPES = {
     "encoder.weight": (5, 7),
@@ -450,9 +451,9 @@ def test_one_rank_that_cannot_write_stops_all(tmp_path: Path) -> None:
     old_checkpoint("sharded", path)
     broken = Fragment("w", 0, {WEIGHT: torch.zeros(4, device="meta")}, (4,), True)
     whole_one = Fragment("w", 0, {WEIGHT: torch.zeros(4)}, (4,), True)
-    for ranks in ([[whole_one], [broken]], [[broken], [whole_one]]):
+    for held in ([[whole_one], [broken]], [[broken], [whole_one]]):
         with pytest.raises(NotImplementedError):
-            write(path, ranks, shapes={"w": (4,)})
+            write(path, held, shapes={"w": (4,)})
     assert_holds(Saved(path), whole(1))
 
 
@@ -473,7 +474,7 @@ def test_other_ranks_wait_until_rank_zero_has_mended_the_folder(
     (folder / "last.ckpt").rename(folder / ".last.ckpt.old")
     write(folder / "next.ckpt", cut(whole(1), 2, chance))
     (folder / "next.ckpt").rename(folder / ".last.ckpt.partial")
-    monkeypatch.setattr(distributed.rank_zero_only, "rank", 1)
+    monkeypatch.setattr(ranks.rank_zero_only, "rank", 1)
 
     def mend() -> None:
         time.sleep(0.3)

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from maepretrain.apply.generate import interpolate, sample, traverse
-from maepretrain.apply.given import parse_application
-from maepretrain.evaluate.encoders import load_encoder
+from maepretrain.apply.inputs import parse_application
+from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.plots import tiles
-from maepretrain.quickstart import digits
+from maepretrain.workflows.quickstart import digits
 
 Run = Callable[..., int]
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maepretrain.models.coders import Convolutional, Dense
-from maepretrain.models.generative_stochastic import GenerativeStochastic
-from maepretrain.quickstart import digits
+from maepretrain.models.autoencoders.coders import Convolutional, Dense
+from maepretrain.models.autoencoders.generative_stochastic import GenerativeStochastic
 from maepretrain.randomness import uniform
+from maepretrain.workflows.quickstart import digits
 
 
 @cache

@@ -25,10 +25,10 @@ from maepretrain.evaluate.geometry import (
     traverse,
     vector_field,
 )
-from maepretrain.models.autoencoder import Autoencoder
-from maepretrain.models.coders import Convolutional, Dense
-from maepretrain.models.contractive import Contractive
-from maepretrain.models.denoising import Denoising
+from maepretrain.models.autoencoders.autoencoder import Autoencoder
+from maepretrain.models.autoencoders.coders import Convolutional, Dense
+from maepretrain.models.autoencoders.contractive import Contractive
+from maepretrain.models.autoencoders.denoising import Denoising
 
 EXAMPLE = Path(__file__).parent.parent / "examples/geometry.py"
 

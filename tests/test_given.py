@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from maepretrain.apply.given import read_images
+from maepretrain.apply.inputs import read_images
 from maepretrain.data.module import ShardData
-from maepretrain.quickstart import digits
+from maepretrain.workflows.quickstart import digits
 
 Run = Callable[..., int]
 

@@ -9,7 +9,7 @@ from halves import assert_halves_average_to_the_whole
 from small import digit_images, fit
 from torch import Tensor, nn
 
-from maepretrain.models.helmholtz import Helmholtz
+from maepretrain.models.autoencoders.helmholtz import Helmholtz
 
 WIDTHS = (5, 3)
 

@@ -31,7 +31,7 @@ def test_configs_travel_inside_the_wheel(tmp_path: Path) -> None:
     # The checkout itself is not on the path: -P keeps the current folder out, cwd is elsewhere.
     code = (
         f"import sys; sys.path.insert(0, {str(inside)!r})\n"
-        "import maepretrain, maepretrain.arguments as arguments\n"
+        "import maepretrain, maepretrain.parsing as arguments\n"
         "print(maepretrain.__file__, arguments.find_config('mae/digits'))"
     )
     done = subprocess.run(
@@ -40,5 +40,5 @@ def test_configs_travel_inside_the_wheel(tmp_path: Path) -> None:
     package, config = done.stdout.split()
     assert Path(package).is_relative_to(inside)
     assert Path(config) == inside / "maepretrain" / "configs" / "mae" / "digits.yaml"
-    assert (inside / "maepretrain" / "report.html").is_file()
+    assert (inside / "maepretrain" / "report" / "page.html").is_file()
     assert Path(config).read_bytes() == (ROOT / "configs/mae/digits.yaml").read_bytes()

@@ -101,8 +101,8 @@ def test_the_verb_equals_brute_force_on_the_same_features(
 ) -> None:
     """Raw pixels, in the order of the shards: everything that the verb does, by scikit-learn."""
     from maepretrain.data.module import ShardData
+    from maepretrain.evaluate.feature_sets import pixels
     from maepretrain.evaluate.features import embed
-    from maepretrain.evaluate.views import pixels
 
     options = ["--neighbours.ks", "[1,3,200]", "--neighbours.temperatures", "[0.02,0.2]"]
     assert run_cli("knn", "--encoder", run, "--baselines", "--out", tmp_path, *options) == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import distributions
 
-from maepretrain.models.likelihoods import Likelihood
+from maepretrain.models.autoencoders.likelihoods import Likelihood
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from maepretrain.models.mae import BLOCKS_TRIED, MaskedAutoencoder
+from maepretrain.models.mae.model import BLOCKS_TRIED, MaskedAutoencoder
 from maepretrain.models.vit import gather_patches, sincos_positions, unpatchify
 from maepretrain.randomness import uniform
 

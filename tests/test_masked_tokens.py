@@ -13,9 +13,9 @@ from recorder import Ranks
 from torch import Tensor
 from torch.nn import functional as F
 
+from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.data.images import PADDING
-from maepretrain.data.write import ImageFolder, write_shards
-from maepretrain.evaluate.encoders import load_encoder
+from maepretrain.data.shards.write import ImageFolder, write_shards
 from maepretrain.models.masked_tokens import MaskedTokens
 
 T = 24

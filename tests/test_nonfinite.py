@@ -20,11 +20,11 @@ from test_family import options as family_options
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maepretrain.checkpoints.encoders import load_encoder
+from maepretrain.checkpoints.sharded import Saved
 from maepretrain.data.module import ShardData
-from maepretrain.engines.fragments import Saved
 from maepretrain.evaluate.classifier import Head
-from maepretrain.evaluate.encoders import load_encoder
-from maepretrain.optim import Optimization
+from maepretrain.training.optimizer import Optimization
 
 Run = Callable[..., int]
 SAMPLES, LENGTH, BATCH, STEPS, SEED = 48, 8, 8, 6, 3

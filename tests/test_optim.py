@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from maepretrain.engines.zero import ZeRO
-from maepretrain.optim import Optimization, check_groups, describe
+from maepretrain.strategies.zero import ZeRO
+from maepretrain.training.optimizer import Optimization, check_groups, describe
 
 
 def test_learning_rate_scales_with_the_global_batch() -> None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from maepretrain.data.order import EpochOrder, Mixture, Order
-from maepretrain.data.stream import Stream
+from maepretrain.data.sampler import Stream
 from maepretrain.randomness import key, permutation
 
 UNEVEN = [7, 0, 1, 30, 12, 0, 0, 25, 3, 19]

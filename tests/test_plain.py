@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from maepretrain.data.faults import FaultList, ShardError
+from maepretrain.data.errors import FaultList, ShardError
 from maepretrain.data.images import Augment
-from maepretrain.data.plain import PlainOrder, PlainStream, plain_sources
+from maepretrain.data.sampler import Stream
 from maepretrain.data.samples import Pixels
-from maepretrain.data.stream import Stream
-from maepretrain.data.write import Arrays, write_shards
+from maepretrain.data.shards.write import Arrays, write_shards
+from maepretrain.data.unindexed import PlainOrder, PlainStream, plain_sources
 
 N, SIDE = 40, 8
 # Each image is one level of gray, so that it can be told from its pixels.

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maepretrain.arguments import shipped_configs
+from maepretrain.checkpoints.encoders import fresh_encoder
 from maepretrain.data.module import ShardData
-from maepretrain.engines.sharded import require_shardable
 from maepretrain.evaluate.classifier import Classifier, Head
-from maepretrain.evaluate.encoders import fresh_encoder
-from maepretrain.models.coders import Dense
-from maepretrain.models.contractive import Contractive
-from maepretrain.models.denoising import Denoising
-from maepretrain.models.mae import MaskedAutoencoder
-from maepretrain.optim import Optimization
-from maepretrain.plan import BUCKET, STRATEGIES, Weights, in_bytes, planned, state
+from maepretrain.models.autoencoders.coders import Dense
+from maepretrain.models.autoencoders.contractive import Contractive
+from maepretrain.models.autoencoders.denoising import Denoising
+from maepretrain.models.mae.model import MaskedAutoencoder
+from maepretrain.parsing import shipped_configs
+from maepretrain.planning.plan import BUCKET, STRATEGIES, Weights, in_bytes, planned, state
+from maepretrain.strategies.sharded import require_shardable
+from maepretrain.training.optimizer import Optimization
 
 Run = Callable[..., int]
 Batch = dict[str, Tensor]
@@ -251,7 +251,7 @@ def test_strategies_divide_what_their_papers_say() -> None:
 
 
 def test_deepspeeds_bucket_is_the_engines() -> None:
-    zero = pytest.importorskip("maepretrain.engines.zero")
+    zero = pytest.importorskip("maepretrain.strategies.zero")
     assert inspect.signature(zero.ZeRO.__init__).parameters["bucket"].default * 4 == BUCKET
 
 

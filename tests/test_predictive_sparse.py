@@ -8,8 +8,8 @@ from sklearn.decomposition import sparse_encode
 from torch import Tensor
 from torch.nn import functional as F
 
-from maepretrain.models.predictive_sparse import PredictiveSparse, fista
-from maepretrain.quickstart import digits
+from maepretrain.models.autoencoders.predictive_sparse import PredictiveSparse, fista
+from maepretrain.workflows.quickstart import digits
 
 
 def problem(v: int, d: int, b: int = 5) -> tuple[Tensor, Tensor]:

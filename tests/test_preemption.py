@@ -16,9 +16,10 @@ from recorder import Ranks, read_records
 from test_resume import OPTIONS, column, write_pictures
 from torch import Tensor, nn
 
-from maepretrain import callbacks
-from maepretrain.preemption import listener
 from maepretrain.randomness import uniform
+from maepretrain.runs.folder import RunFolder
+from maepretrain.training.callbacks import last_checkpoint as callbacks
+from maepretrain.training.preemption import listener
 
 pytestmark = pytest.mark.slow
 
@@ -99,7 +100,7 @@ def assert_equal_runs(one: Path, two: Path) -> None:
 @pytest.fixture(scope="module")
 def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The truth, never stopped."""
-    from maepretrain.cli import main
+    from maepretrain.cli.main import main
 
     run = tmp_path_factory.mktemp("whole") / "run"
     assert main([str(word) for word in command(pictures, run)]) == 0
@@ -212,14 +213,14 @@ def test_checkpoints_by_the_clock(
 ) -> None:
     """Thirty steps of .1 s: a save each .25 s, and only at the end where the clock is slow."""
     saved: list[tuple[int, float]] = []
-    mark = callbacks.RunFolder.mark
+    mark = RunFolder.mark
 
     def noted(folder: Any, **changed: Any) -> None:
         if "saved_step" in changed:
             saved.append((changed["saved_step"], changed["saved_at"]))
         mark(folder, **changed)
 
-    monkeypatch.setattr(callbacks.RunFolder, "mark", noted)
+    monkeypatch.setattr(RunFolder, "mark", noted)
     length = ["--trainer.max_steps", 30, "--trainer.val_check_interval", 30]
     options = [*length, "--checkpoint_every_minutes"]
     assert run_cli(*command(pictures, tmp_path / "a", pace=0.1), *options, 0.25 / 60) == 0

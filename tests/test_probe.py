@@ -21,8 +21,8 @@ from maepretrain.evaluate.features import Processes
 from maepretrain.evaluate.heads import Head, LinearSweep, linear_probe, moments, pooled
 from maepretrain.evaluate.labels import choose_labels, folds_for_choosing
 from maepretrain.evaluate.probe import audit
-from maepretrain.quickstart import digits
 from maepretrain.randomness import permutation
+from maepretrain.workflows.quickstart import digits
 
 Run = Callable[..., int]
 SHORT = ["--sweep.min_steps", 60, "--sweep.epochs", 1]
@@ -182,7 +182,7 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a tiny pretraining."""
     from conftest import TINY
 
-    from maepretrain.cli import main
+    from maepretrain.cli.main import main
 
     folder = tmp_path_factory.mktemp("probed") / "run"
     data = ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]

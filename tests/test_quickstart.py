@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maepretrain.quickstart import read_metrics
+from maepretrain.workflows.quickstart import read_metrics
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ from halves import assert_halves_average_to_the_whole
 from small import digit_images, fit
 from torch import Tensor, nn
 
-from maepretrain.models.autoencoder import Autoencoder
-from maepretrain.models.coders import Coder, Convolutional, Dense
-from maepretrain.models.recirculation import Recirculation
+from maepretrain.models.autoencoders.autoencoder import Autoencoder
+from maepretrain.models.autoencoders.coders import Coder, Convolutional, Dense
+from maepretrain.models.autoencoders.recirculation import Recirculation
 
 
 def make_coder(likelihood: Any = "bernoulli", width: int = 5) -> Dense:

@@ -12,9 +12,9 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from maepretrain.apply.reconstruct import psnr
-from maepretrain.evaluate.encoders import load_encoder
-from maepretrain.quickstart import digits
+from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.randomness import uniform
+from maepretrain.workflows.quickstart import digits
 
 Run = Callable[..., int]
 MAE = ("--model.patch_size", 2, "--data.mean", "[0.3]", "--data.std", "[0.4]")

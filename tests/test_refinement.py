@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maepretrain.models.refinement import ConvGRU, Refinement
+from maepretrain.compression.refinement import ConvGRU, Refinement
 
 
 def test_unit_equals_torchs_cell() -> None:

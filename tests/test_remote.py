@@ -10,15 +10,15 @@ import pytest
 import torch
 from servers import FaultServer
 
-from maepretrain.data.cache import ShardCache
-from maepretrain.data.faults import ShardError
+from maepretrain.data.errors import ShardError
 from maepretrain.data.images import Augment
 from maepretrain.data.module import ShardData
 from maepretrain.data.order import EpochOrder
-from maepretrain.data.remote import shown
 from maepretrain.data.samples import Samples, ShardIndex
-from maepretrain.data.shards import index_path, open_shards
-from maepretrain.data.store import Store
+from maepretrain.data.shards.index import index_path, open_shards
+from maepretrain.data.shards.reader import Store
+from maepretrain.data.stores.cache import ShardCache
+from maepretrain.data.stores.remote import shown
 
 NAMES = [f"train-{i:06d}.tar" for i in range(4)]
 

@@ -10,9 +10,9 @@ import fsspec
 import pytest
 from servers import FaultServer
 
-from maepretrain.data import remote as module
-from maepretrain.data.faults import ShardError
-from maepretrain.data.remote import Remote, Retry, StartOver, basename, is_remote
+from maepretrain.data.errors import ShardError
+from maepretrain.data.stores import remote as module
+from maepretrain.data.stores.remote import Remote, Retry, StartOver, basename, is_remote
 
 CONTENT = random.Random("a").randbytes(300_000)
 

@@ -21,12 +21,12 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from maepretrain.evaluate.encoders import load_encoder
-from maepretrain.evaluate.results import write_results
-from maepretrain.parts import evaluations, markdown
+from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.plots import COLOURS, CURVE_POINTS, Line, curve_panel
-from maepretrain.records import read_metrics, read_run
-from maepretrain.report import features_of, report
+from maepretrain.report.page import features_of, report
+from maepretrain.report.records import read_metrics, read_run
+from maepretrain.report.sections import evaluations, markdown
+from maepretrain.runs.results import write_results
 
 Run = Callable[..., int]
 CHROMIUM = shutil.which("chromium")
@@ -88,7 +88,7 @@ def bare_run(folder: Path, **files: str) -> Path:
 @pytest.fixture(scope="module")
 def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A pretraining that was stopped, went on and was probed, and a fine-tuning of it."""
-    from maepretrain.cli import main
+    from maepretrain.cli.main import main
 
     patch = pytest.MonkeyPatch()
     patch.setattr("sys.argv", ["maepretrain", "pretrain", "--run", "my run"])
@@ -176,8 +176,8 @@ def test_pictures_are_those_of_the_folder_and_maps_are_computed(
 
 
 def test_features_of_a_map_are_the_encoders(runs: dict[str, Path], shards: Path) -> None:
-    from maepretrain.arguments import make_parser, parse
-    from maepretrain.evaluate.encoders import evaluation_parser
+    from maepretrain.evaluate.options import evaluation_parser
+    from maepretrain.parsing import make_parser, parse
 
     run = str(runs["pretrained"])
     parser = evaluation_parser(make_parser("report", config=False), features_of)

@@ -8,8 +8,8 @@ from halves import assert_halves_average_to_the_whole
 from skimage.data import chelsea
 from skimage.metrics import peak_signal_noise_ratio
 
-from maepretrain.models.compression import table_bits
-from maepretrain.models.residual_coder import ResidualCoder, binarise, sign
+from maepretrain.compression.autoencoder import table_bits
+from maepretrain.compression.residual_coder import ResidualCoder, binarise, sign
 
 
 def make(**more: object) -> ResidualCoder:

@@ -16,10 +16,10 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from sklearn.metrics import confusion_matrix as counts_of
 
-from maepretrain.data.shards import class_names, open_shards
-from maepretrain.data.write import find_source, write_shards
-from maepretrain.evaluate.results import print_table, scores, spread, write_results
+from maepretrain.data.shards.index import class_names, open_shards
+from maepretrain.data.shards.write import find_source, write_shards
 from maepretrain.plots import confusion_matrix, embedding_map, most_confused
+from maepretrain.runs.results import print_table, scores, spread, write_results
 
 
 def answers(n: int = 200, classes: int = 8) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,7 @@ import pytest
 import torch
 from recorder import HANGS, Ranks, Record, kill_trees, picture, read_reads, read_records
 
-from maepretrain.data.write import Arrays, write_shards
+from maepretrain.data.shards.write import Arrays, write_shards
 
 pytestmark = pytest.mark.slow
 

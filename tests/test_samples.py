@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from maepretrain.data import samples as samples_module
-from maepretrain.data.faults import (
+from maepretrain.data.errors import (
     CORRUPT_INPUT,
     KINDS,
     SHORT_MEMBER,
@@ -25,10 +25,10 @@ from maepretrain.data.faults import (
 from maepretrain.data.images import UNIFORMS, Augment, CentreCrop, SignalCrop
 from maepretrain.data.order import EpochOrder, Mixture
 from maepretrain.data.samples import Batch, Samples, ShardIndex
-from maepretrain.data.shards import Shard, open_shards
-from maepretrain.data.store import Store
-from maepretrain.data.tars import Columns
-from maepretrain.data.write import Arrays, write_shards
+from maepretrain.data.shards.index import Shard, open_shards
+from maepretrain.data.shards.reader import Store
+from maepretrain.data.shards.tar import Columns
+from maepretrain.data.shards.write import Arrays, write_shards
 from maepretrain.randomness import uniform
 
 N = 53

@@ -13,8 +13,8 @@ from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import NearestNeighbors
 
 from maepretrain.apply.search import data_of, read_index, read_rows, search
-from maepretrain.evaluate.encoders import load_encoder
-from maepretrain.quickstart import digits
+from maepretrain.checkpoints.encoders import load_encoder
+from maepretrain.workflows.quickstart import digits
 
 Run = Callable[..., int]
 

@@ -8,14 +8,14 @@ from halves import assert_halves_average_to_the_whole
 from small import digit_images, fit
 from torch import Tensor
 
-from maepretrain.models.coders import Dense
-from maepretrain.models.semantic_hashing import (
+from maepretrain.models.autoencoders.coders import Dense
+from maepretrain.models.autoencoders.semantic_hashing import (
     SemanticHashing,
     hamming,
     nearest_codes,
     precision_at,
 )
-from maepretrain.quickstart import digits
+from maepretrain.workflows.quickstart import digits
 
 
 def make(bits: int = 16, **more: Any) -> SemanticHashing:

@@ -24,9 +24,7 @@ import numpy as np
 import pytest
 from servers import FaultServer
 
-from maepretrain.data import shards as shards_module
-from maepretrain.data.cache import ShardCache
-from maepretrain.data.faults import (
+from maepretrain.data.errors import (
     DAMAGED_SHARD,
     EMPTY_SHARD,
     MISSING_INPUT,
@@ -36,7 +34,8 @@ from maepretrain.data.faults import (
     ShardError,
     Unreadable,
 )
-from maepretrain.data.shards import (
+from maepretrain.data.shards import index as shards_module
+from maepretrain.data.shards.index import (
     Shard,
     expand,
     in_processes,
@@ -47,8 +46,9 @@ from maepretrain.data.shards import (
     summary,
     write_index,
 )
-from maepretrain.data.store import Store
-from maepretrain.data.tars import INPUT_EXTENSIONS, WRONG_LABEL, Columns, scan
+from maepretrain.data.shards.reader import Store
+from maepretrain.data.shards.tar import INPUT_EXTENSIONS, WRONG_LABEL, Columns, scan
+from maepretrain.data.stores.cache import ShardCache
 from maepretrain.files import replacing
 
 Files = dict[str, bytes]

@@ -19,7 +19,7 @@ from slurm_cluster import Cluster, why_not
 from test_resume import OPTIONS, column, write_pictures
 from written import FOLDER, Seen, read_starts
 
-from maepretrain.engines.fragments import Saved
+from maepretrain.checkpoints.sharded import Saved
 
 ROOT = Path(__file__).parent.parent
 BATCH, STEPS = 24, 18
@@ -116,7 +116,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 @pytest.fixture(scope="module")
 def whole(place: Place) -> Path:
     """The truth, in this process."""
-    from maepretrain.cli import main
+    from maepretrain.cli.main import main
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FOLDER, str(place.folder / "written"))

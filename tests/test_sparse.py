@@ -13,8 +13,8 @@ from small import digit_images, fit
 from test_pretrain import assert_close_weights, column
 from torch import distributions
 
-from maepretrain.models.coders import Dense
-from maepretrain.models.sparse import Sparse, keep_largest, kl_to_target
+from maepretrain.models.autoencoders.coders import Dense
+from maepretrain.models.autoencoders.sparse import Sparse, keep_largest, kl_to_target
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.rand(5, 1, 8, 8, generator=GENERATOR)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from test_pretrain import SGD, assert_same_weights, column, cut_back
 
-from maepretrain.flops import peak_here, peak_of
-from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.models.flops import peak_here, peak_of
+from maepretrain.models.mae.model import MaskedAutoencoder
 
 Run = Callable[..., int]
 SIXTEEN = ["--data.low_image_size", 8, "--data.low_epochs", 0.5]

@@ -9,13 +9,13 @@ import torch
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
-from maepretrain.models.autoencoder import Autoencoder
-from maepretrain.models.coders import Coder, Dense
-from maepretrain.models.contractive import Contractive
-from maepretrain.models.denoising import Denoising
-from maepretrain.models.sparse import Sparse
-from maepretrain.models.stacked import Stacked
-from maepretrain.quickstart import digits
+from maepretrain.models.autoencoders.autoencoder import Autoencoder
+from maepretrain.models.autoencoders.coders import Coder, Dense
+from maepretrain.models.autoencoders.contractive import Contractive
+from maepretrain.models.autoencoders.denoising import Denoising
+from maepretrain.models.autoencoders.sparse import Sparse
+from maepretrain.models.autoencoders.stacked import Stacked
+from maepretrain.workflows.quickstart import digits
 
 
 @cache

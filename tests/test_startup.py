@@ -16,7 +16,7 @@ import json, sys
 import torch, torchvision, lightning.pytorch, timm, jsonargparse
 tops = lambda: {name.partition(".")[0] for name in sys.modules}
 before = tops()
-from maepretrain.cli import main
+from maepretrain.cli.main import main
 code = main(sys.argv[1:])
 print(json.dumps([code, sorted(tops() - before)]))
 """

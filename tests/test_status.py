@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from maepretrain.status import (
+from maepretrain.runs.status import (
     describe,
     duration,
     last_values,
@@ -123,7 +123,7 @@ def test_a_table_of_runs_and_the_gate(
 
 def test_a_login_node_needs_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from maepretrain.cli import main; "
+        "import sys; from maepretrain.cli.main import main; "
         f"assert main(['status', {str(make_run(tmp_path / 'run'))!r}]) == 0; "
         "print('HEAVY', {'torch', 'lightning', 'numpy'} & sys.modules.keys())"
     )

@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 
 from maepretrain.data.images import Augment
 from maepretrain.data.order import EpochOrder
+from maepretrain.data.sampler import Numbered, Stream
 from maepretrain.data.samples import Samples, ShardIndex
-from maepretrain.data.shards import open_shards
-from maepretrain.data.stream import Numbered, Stream
-from maepretrain.data.write import Arrays, write_shards
+from maepretrain.data.shards.index import open_shards
+from maepretrain.data.shards.write import Arrays, write_shards
 
 N = 53
 BATCH = 24

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 
-from maepretrain.models.coders import Convolutional, Dense
-from maepretrain.models.variational import Variational, divergence
-from maepretrain.quickstart import digits
+from maepretrain.models.autoencoders.coders import Convolutional, Dense
+from maepretrain.models.autoencoders.variational import Variational, divergence
+from maepretrain.workflows.quickstart import digits
 
 
 def make(likelihood: str = "bernoulli", **arguments: object) -> Variational:

@@ -23,9 +23,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from maepretrain.data.faults import ShardError
-from maepretrain.data.shards import index_path, open_shards
-from maepretrain.data.write import (
+from maepretrain.data.errors import ShardError
+from maepretrain.data.shards.index import index_path, open_shards
+from maepretrain.data.shards.write import (
     Arrays,
     Entry,
     Idx,
@@ -450,7 +450,7 @@ def test_a_missing_shard_or_index_is_written_again(tmp_path: Path, gone: str):
 def test_a_killed_process_leaves_whole_shards(tmp_path: Path):
     src, dst = images(tmp_path / "src", 90), tmp_path / "dst"
     code = (
-        "from pathlib import Path; from maepretrain.data.write import *; "
+        "from pathlib import Path; from maepretrain.data.shards.write import *; "
         f"write_shards(ImageFolder(Path({str(src)!r})), Path({str(dst)!r}), samples_per_shard=1)"
     )
     write_shards(ImageFolder(src), tmp_path / "truth", samples_per_shard=1)
@@ -868,7 +868,7 @@ def test_writing_does_not_import_torch(tmp_path: Path):
     """`maepretrain --help` answers at once, and each of many processes is small."""
     put(tmp_path / "arrays", "a.npy", saved(np.zeros(3)))
     code = (
-        "import sys; from pathlib import Path; from maepretrain.data.write import *; "
+        "import sys; from pathlib import Path; from maepretrain.data.shards.write import *; "
         f"write_shards(ImageFolder(Path({str(images(tmp_path / 'src'))!r})), "
         f"Path({str(tmp_path / 'dst')!r}), short_side=5); "
         f"write_shards(ImageFolder(Path({str(tmp_path / 'arrays')!r})), "

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from maepretrain.apply.given import Given, Pretrained, parse_application, read_images
+from maepretrain.apply.inputs import Given, Pretrained, parse_application, read_images
 from maepretrain.apply.reconstruct import check_picture, draw, psnr
 from maepretrain.data.module import ShardData
-from maepretrain.distributed import say
-from maepretrain.evaluate.results import print_columns
-from maepretrain.models.corruption import Corruption, Kind
+from maepretrain.models.autoencoders.corruption import Corruption, Kind
+from maepretrain.ranks import say
+from maepretrain.runs.results import print_columns
 
 
 @torch.no_grad()

@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maepretrain.apply.given import Pretrained, parse_application, read_images
+from maepretrain.apply.inputs import Pretrained, parse_application, read_images
 from maepretrain.apply.reconstruct import check_picture
 from maepretrain.data.module import ShardData
-from maepretrain.distributed import say
 from maepretrain.evaluate import geometry
 from maepretrain.evaluate.features import embed
 from maepretrain.plots import reconstruction_grid, tiles
+from maepretrain.ranks import say
 
 # Held-out images whose codes tell how far each number of a code varies.
 MEASURED = 2000

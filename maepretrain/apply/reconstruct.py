@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maepretrain.apply.given import Pretrained, parse_application, read_images
+from maepretrain.apply.inputs import Pretrained, parse_application, read_images
 from maepretrain.data.module import ShardData
-from maepretrain.distributed import say
-from maepretrain.models.mae import MaskedAutoencoder
+from maepretrain.models.mae.model import MaskedAutoencoder
 from maepretrain.plots import reconstruction_grid
+from maepretrain.ranks import say
 
 # Letters that fit above an image.
 SHORT = 12

@@ -15,21 +15,21 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from maepretrain.apply.given import read_images
+from maepretrain.apply.embed import Embeddings, Encode, read
+from maepretrain.apply.inputs import read_images
 from maepretrain.apply.reconstruct import check_picture
-from maepretrain.arguments import make_parser, parse
+from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import ShardIndex
-from maepretrain.data.shards import open_shards
-from maepretrain.distributed import say
-from maepretrain.evaluate.embed import Embeddings, Encode, read
-from maepretrain.evaluate.encoders import load_encoder
+from maepretrain.data.shards.index import open_shards
 from maepretrain.evaluate.features import CHUNK
-from maepretrain.evaluate.frozen import shown
+from maepretrain.evaluate.frozen_features import shown
 from maepretrain.evaluate.neighbours import nearest
-from maepretrain.evaluate.results import print_columns
-from maepretrain.models.semantic_hashing import hamming
+from maepretrain.models.autoencoders.semantic_hashing import hamming
+from maepretrain.parsing import make_parser, parse
 from maepretrain.plots import titled_images
+from maepretrain.ranks import say
+from maepretrain.runs.results import print_columns
 
 Metric = Literal["cosine", "hamming"]
 # Images of the index that are encoded again, and how far their features may be from those in it:

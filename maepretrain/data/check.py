@@ -20,10 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from maepretrain.data.cache import ShardCache
-from maepretrain.data.faults import CORRUPT_INPUT, Fault, ShardError, Unreadable, printable
-from maepretrain.data.remote import is_remote, shown
-from maepretrain.data.shards import (
+from maepretrain.data.errors import CORRUPT_INPUT, Fault, ShardError, Unreadable, printable
+from maepretrain.data.shards.index import (
     Shard,
     expand,
     in_processes,
@@ -32,7 +30,9 @@ from maepretrain.data.shards import (
     progress,
     sha256_of,
 )
-from maepretrain.data.tars import INPUT_EXTENSIONS, NO_LABEL, Columns, scan
+from maepretrain.data.shards.tar import INPUT_EXTENSIONS, NO_LABEL, Columns, scan
+from maepretrain.data.stores.cache import ShardCache
+from maepretrain.data.stores.remote import is_remote, shown
 
 UNUSABLE_SHARD = "unusable shard"
 STALE_INDEX = "stale index"

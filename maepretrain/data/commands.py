@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Literal
 
 from maepretrain.data.check import Asked, check_shards, show
-from maepretrain.data.faults import Fault, ShardError, as_csv, printable
-from maepretrain.data.remote import is_remote
-from maepretrain.data.shards import expand, make_indexes, summary
-from maepretrain.data.write import find_source, write_shards
+from maepretrain.data.errors import Fault, ShardError, as_csv, printable
+from maepretrain.data.shards.index import expand, make_indexes, summary
+from maepretrain.data.shards.write import find_source, write_shards
+from maepretrain.data.stores.remote import is_remote
 from maepretrain.files import replacing
 
 

@@ -22,17 +22,17 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from maepretrain.data.cache import ReadAhead, ShardCache
-from maepretrain.data.faults import Fault, FaultList, ShardError, borne, too_many
+from maepretrain.data.errors import Fault, FaultList, ShardError, borne, too_many
 from maepretrain.data.images import Augment, CentreCrop, SignalCrop
 from maepretrain.data.order import EpochOrder, Mixture, Order, lanes_of
-from maepretrain.data.plain import PlainOrder, PlainStream, plain_sources
-from maepretrain.data.remote import is_remote, shown
+from maepretrain.data.sampler import Numbered, Stream
 from maepretrain.data.samples import Batch, Pixels, Samples, ShardIndex
-from maepretrain.data.shards import Shard, open_shards, summary
-from maepretrain.data.store import Store
-from maepretrain.data.stream import Numbered, Stream
-from maepretrain.distributed import is_rank_zero
+from maepretrain.data.shards.index import Shard, open_shards, summary
+from maepretrain.data.shards.reader import Store
+from maepretrain.data.stores.cache import ReadAhead, ShardCache
+from maepretrain.data.stores.remote import is_remote, shown
+from maepretrain.data.unindexed import PlainOrder, PlainStream, plain_sources
+from maepretrain.ranks import is_rank_zero
 
 
 def _as_batch(batch: Batch) -> Batch:

@@ -9,7 +9,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from maepretrain.data.faults import (
+from maepretrain.data.errors import (
     CORRUPT_INPUT,
     KINDS,
     WRONG_LABEL_FAULT,
@@ -29,10 +29,10 @@ from maepretrain.data.images import (
     decode_text,
 )
 from maepretrain.data.order import Order
-from maepretrain.data.remote import shown
-from maepretrain.data.shards import Shard
-from maepretrain.data.store import Store
-from maepretrain.data.tars import INPUT_EXTENSIONS, NO_LABEL, WRONG_LABEL, Columns
+from maepretrain.data.shards.index import Shard
+from maepretrain.data.shards.reader import Store
+from maepretrain.data.shards.tar import INPUT_EXTENSIONS, NO_LABEL, WRONG_LABEL, Columns
+from maepretrain.data.stores.remote import shown
 from maepretrain.randomness import uniform
 
 Batch = dict[str, Tensor]

@@ -18,14 +18,14 @@ from torch.nn import functional as F
 from maepretrain.data.augment import Augmentation
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch
-from maepretrain.distributed import run_on_all
-from maepretrain.engines.sharded import copies
-from maepretrain.evaluate.results import scores
 from maepretrain.evaluate.targets import Targets
-from maepretrain.nonfinite import NonFinite
-from maepretrain.optim import Optimization
 from maepretrain.randomness import key
-from maepretrain.training import Scheduled
+from maepretrain.ranks import run_on_all
+from maepretrain.runs.results import scores
+from maepretrain.strategies.sharded import copies
+from maepretrain.training.module import Scheduled
+from maepretrain.training.nonfinite import NonFinite
+from maepretrain.training.optimizer import Optimization
 
 Kind = Literal["linear", "fc_norm", "batchnorm", "attentive"]
 Pool = Literal["mean", "cls"]

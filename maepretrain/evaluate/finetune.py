@@ -13,25 +13,27 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from torch import Tensor, nn
 
-from maepretrain.arguments import allow_bare_flags, make_parser
-from maepretrain.callbacks import LastCheckpoint, Throughput, show_in_tensorboard
+from maepretrain.checkpoints.encoders import fresh_encoder, load_encoder
 from maepretrain.data.augment import Augmentation
 from maepretrain.data.module import ShardData
-from maepretrain.data.shards import class_names
-from maepretrain.distributed import say
-from maepretrain.engines.sharded import Sharded
+from maepretrain.data.shards.index import class_names
 from maepretrain.evaluate.classifier import Classifier, Head, Kind, Pool
-from maepretrain.evaluate.encoders import fresh_encoder, load_encoder
-from maepretrain.evaluate.frozen import CONFUSED, shown
+from maepretrain.evaluate.frozen_features import CONFUSED, shown
 from maepretrain.evaluate.labels import choose_labels, count_classes
-from maepretrain.evaluate.results import print_table, spread, write_results
 from maepretrain.evaluate.targets import Targets, Task
-from maepretrain.experiments import add_experiment, of_rank, run_experiment
-from maepretrain.nonfinite import NonFinite
-from maepretrain.optim import Optimization
+from maepretrain.parsing import allow_bare_flags, make_parser
 from maepretrain.plots import confusion_matrix, most_confused
-from maepretrain.runs import RunFolder
-from maepretrain.training import fit, in_steps, set_threads
+from maepretrain.ranks import say
+from maepretrain.runs.folder import RunFolder
+from maepretrain.runs.results import print_table, spread, write_results
+from maepretrain.strategies.sharded import Sharded
+from maepretrain.training.callbacks.last_checkpoint import LastCheckpoint
+from maepretrain.training.callbacks.pictures import show_in_tensorboard
+from maepretrain.training.callbacks.throughput import Throughput
+from maepretrain.training.experiment import add_experiment, of_rank, run_experiment
+from maepretrain.training.fit import fit, in_steps, set_threads
+from maepretrain.training.nonfinite import NonFinite
+from maepretrain.training.optimizer import Optimization
 
 FIGURES = ("top1", "top5", "mean_per_class", "mAP", "r2", "n", "minutes", "img_per_s")
 

@@ -9,16 +9,16 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from maepretrain.arguments import make_parser, parse
 from maepretrain.data.module import ShardData
-from maepretrain.distributed import say
-from maepretrain.evaluate.encoders import evaluation_parser
+from maepretrain.evaluate.feature_sets import OUTPUT
 from maepretrain.evaluate.features import CHUNK, FeatureFiles, Processes
-from maepretrain.evaluate.frozen import Frozen, LabelledSets, Outcome, Rows
+from maepretrain.evaluate.frozen_features import Frozen, LabelledSets, Outcome, Rows
 from maepretrain.evaluate.neighbours import NeighbourSweep, nearest, vote
-from maepretrain.evaluate.results import scores
-from maepretrain.evaluate.views import OUTPUT
+from maepretrain.evaluate.options import evaluation_parser
+from maepretrain.parsing import make_parser, parse
 from maepretrain.randomness import permutation
+from maepretrain.ranks import say
+from maepretrain.runs.results import scores
 
 
 def knn(

@@ -11,18 +11,18 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from maepretrain.arguments import make_parser, parse
 from maepretrain.data.module import ShardData
-from maepretrain.distributed import say
-from maepretrain.evaluate.encoders import evaluation_parser
+from maepretrain.evaluate.feature_sets import Pool
 from maepretrain.evaluate.features import FeatureFiles, Processes
-from maepretrain.evaluate.frozen import Frozen, LabelledSets, Outcome, Rows
+from maepretrain.evaluate.frozen_features import Frozen, LabelledSets, Outcome, Rows
 from maepretrain.evaluate.heads import Head, LinearSweep, pooled, predictions
 from maepretrain.evaluate.knn import vote_on_test
 from maepretrain.evaluate.labels import folds_for_choosing
 from maepretrain.evaluate.neighbours import NeighbourSweep
-from maepretrain.evaluate.results import scores, spread
-from maepretrain.evaluate.views import Pool
+from maepretrain.evaluate.options import evaluation_parser
+from maepretrain.parsing import make_parser, parse
+from maepretrain.ranks import say
+from maepretrain.runs.results import scores, spread
 
 
 def probe(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maepretrain.data.samples import ShardIndex
-from maepretrain.data.shards import Columns, Shard
+from maepretrain.data.shards.index import Columns, Shard
 
 Task = Literal["classes", "multilabel", "regression"]
 

@@ -1,0 +1,221 @@
+"""What applications are given: a pretrained model with its decoder, and the images that are named.
+
+Images are named by files, by folders or by keys of held-out samples, and seen as the run's own
+evaluation sees its images: decoded to its channels, centre-cropped, resized and normalised.
+"""
+
+import inspect
+import io
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Float, Shaped
+from PIL import Image
+from torch import Tensor
+
+from maepretrain.checkpoints.encoders import load_autoencoder
+from maepretrain.data.errors import Unreadable
+from maepretrain.data.images import CentreCrop
+from maepretrain.data.module import ShardData
+from maepretrain.data.normalise import Normalise
+from maepretrain.data.samples import Pixels, ShardIndex
+from maepretrain.data.shards.tar import INPUT_EXTENSIONS
+from maepretrain.evaluate.options import data_of_encoder
+from maepretrain.parsing import allow_bare_flags, make_parser
+from maepretrain.ranks import say
+
+# Of the section data: how an image is shown to a model, and where held-out ones are.
+SHOWN = {"val", "image_size", "channels", "scale", "exif", "val_share", "mean", "std"}
+SHOWN |= {"cache", "cache_gb"}
+# Options that take several words.
+SEVERAL: dict[str, tuple[type, str]] = {
+    "images": (str, "files, folders or keys of held-out samples; default the first of these"),
+    "dimensions": (int, "numbers of the code; default the eight that vary most"),
+}
+
+
+def parse_application(
+    verb: str, function: Callable[..., Any], argv: list[str], measures: bool = False
+) -> dict[str, Any]:
+    """The options of an application as the arguments of its function.
+
+    Args:
+        verb: what it is called.
+        function: has the arguments `encoder` and `data`, and `images` where it takes some.
+        argv: the options. Those of the section `data` come from the run behind `--encoder`.
+        measures: it needs held-out samples even where all images are files.
+    """
+    parser = make_parser(verb, config=False)
+    parser.add_function_arguments(function, skip={"data", *SEVERAL})
+    for name in SEVERAL.keys() & inspect.signature(function).parameters.keys():
+        kind, words = SEVERAL[name]
+        parser.add_argument(f"--{name}", nargs="*", type=kind, default=[], help=words)
+    skip = set(inspect.signature(ShardData).parameters) - SHOWN
+    parser.add_class_arguments(ShardData, "data", skip=skip)
+    data_of_encoder(parser, sorted(skip))
+    allow_bare_flags(parser)
+    arguments = parser.parse_args(argv).as_dict()
+    named = arguments.get("images") or []
+    if not measures and (named or "images" not in arguments) and all(map(_exists, named)):
+        arguments["data"]["val"] = None  # a model may be on another machine than its shards
+    return arguments | {"data": ShardData(None, **arguments["data"])}
+
+
+def _exists(name: str) -> bool:
+    return Path(name).exists()
+
+
+class Pretrained:
+    """A pretrained model with its decoder, and the way from pixels to what it reads and back.
+
+    Args:
+        encoder: a run folder of pretraining, or a file of weights that has the decoder.
+        data: how images are shown to it.
+        seed: of the model's masks and noise; None leaves its own.
+
+    Raises:
+        ValueError: an encoder without decoder.
+    """
+
+    def __init__(self, encoder: str, data: ShardData, seed: int | None = None) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = cast(Any, load_autoencoder(encoder, data).eval().to(self.device))
+        self.normalise = Normalise(data.mean, data.std).to(self.device)
+        self.name = type(self.model).__name__
+        for drawing in (self.model, getattr(self.model, "corrupt", self.model)):
+            if seed is not None and hasattr(drawing, "seed"):
+                drawing.seed = seed
+
+    def see(self, inputs: Shaped[Tensor, "n c *size"]) -> Float[Tensor, "n c *size"]:
+        """What the model is given for these pixels or signals."""
+        return self.normalise(inputs.to(self.device))
+
+    def show(self, x: Float[Tensor, "n c *size"]) -> Float[Tensor, "n c *size"]:
+        """Pixels in 0..1, or signals, on the CPU."""
+        return self.normalise.undo(x.detach().float()).cpu()
+
+    def require(self, method: str, why: str) -> Callable[..., Tensor]:
+        """A method of the model.
+
+        Args:
+            method: its name.
+            why: what a model without it lacks.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        if not hasattr(self.model, method):
+            raise ValueError(f"{self.name} {why}")
+        return getattr(self.model, method)
+
+
+class Given(NamedTuple):
+    """Images or signals, and what each is called."""
+
+    names: list[str]
+    inputs: Shaped[Tensor, "n c *size"]
+
+
+def read_images(named: list[str], data: ShardData, at_most: int | None = None) -> Given:
+    """The images of these names as evaluation sees them; what was done to files is said.
+
+    Args:
+        named: files, folders (all images in them, sorted) or keys of held-out samples; empty takes
+            the first held-out samples.
+        data: tells size and channels, and has the held-out samples.
+        at_most: so many; what is left out is said.
+
+    Raises:
+        ValueError: a name that is nothing of these, a file that is no image, no images at all.
+    """
+    if at_most is not None and at_most < 1:
+        raise ValueError(f"n {at_most} must be at least 1")
+    if not named:
+        if data.val_index is None or not len(data.val_index):
+            raise ValueError("there are no held-out shards (data.val): name files with --images")
+        count = min(at_most or len(data.val_index), len(data.val_index))
+        return _of_numbers(list(range(count)), data)
+    found = [place for name in named for place in _places(name, data)]
+    if at_most is not None and len(found) > at_most:
+        say(f"images        the first {at_most} of {len(found):,}; --n takes more")
+        found = found[:at_most]
+    changes: Counter[str] = Counter()
+    read = [
+        _of_numbers([place], data) if isinstance(place, int) else _of_file(place, data, changes)
+        for place in found
+    ]
+    for change, count in changes.items():
+        say(f"images        {count} of {change}")
+    inputs = [one.inputs for one in read]
+    if len({x.dtype for x in inputs}) > 1:
+        raise ValueError("these are pixels (uint8) and arrays of other numbers: name one kind")
+    return Given([name for one in read for name in one.names], torch.cat(inputs))
+
+
+def _places(name: str, data: ShardData) -> list[Path | int]:
+    """Files, or the number of a held-out sample."""
+    path = Path(name)
+    if path.is_dir():
+        endings = {f".{extension}" for extension in INPUT_EXTENSIONS if extension != "txt"}
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings)
+        if not files:
+            raise ValueError(f"the folder {path} holds no images ({', '.join(sorted(endings))})")
+        return [*files]
+    if path.is_file():
+        return [path]
+    number = None if data.val_index is None else find_key(name, data.val_index)
+    if number is None:
+        kinds = "no file, no folder" + ("" if data.val_index is None else ", no held-out key")
+        raise ValueError(f"image {name}: {kinds} of that name")
+    return [number]
+
+
+def find_key(key: str, index: ShardIndex) -> int | None:
+    """The number of the first sample with this key."""
+    begin = 0
+    for shard, count in enumerate(index.counts.tolist()):
+        keys = index.columns(shard).keys
+        if key in keys:
+            return begin + list(keys).index(key)
+        begin += count
+    return None
+
+
+def _of_numbers(numbers: list[int], data: ShardData) -> Given:
+    assert data.val_index is not None
+    samples = data.evaluation(data.val_index)
+    read = samples.__getitems__(numbers)
+    if faults := samples.faults(read):
+        raise ValueError(f"a held-out sample cannot be read: {faults[0]}")
+    return Given([key for _, key in samples.names(numbers)], read["input"])
+
+
+def _of_file(path: Path, data: ShardData, changes: Counter[str]) -> Given:
+    content = path.read_bytes()
+    pixels = Pixels(data.channels, data.centre_crop, data.exif, centred=True)
+    try:
+        decoded = pixels.decode(content, path.suffix.lower().removeprefix("."))
+    except Unreadable as error:
+        raise ValueError(f"{path}: {error}") from error
+    cut = pixels.cut_out(decoded, torch.empty(0))
+    if change := _change(content, decoded, cut, data):
+        changes[change] += 1
+    return Given([path.stem], cut[None])
+
+
+def _change(content: bytes, decoded: Tensor, cut: Tensor, data: ShardData) -> str:
+    """What was done to an image or a signal, in words; empty for nothing."""
+    size, wanted = ("x".join(map(str, x.shape[1:])) for x in (decoded, cut))
+    mode = kind = ("gray", "gray with alpha", "RGB", "RGBA")[min(data.channels, 4) - 1]
+    with suppress(OSError):  # an array has no mode
+        mode = Image.open(io.BytesIO(content)).mode
+        mode = {"L": "gray", "LA": "gray with alpha"}.get(mode, mode)
+    changes = [] if mode == kind else [f"taken as {kind}"]
+    if size != wanted:
+        images = isinstance(data.centre_crop, CentreCrop)
+        changes.append(f"the centre of it resized to {wanted}" if images else f"{wanted} of it")
+    return f"{size} {mode}: {', '.join(changes)}" if changes else ""

@@ -1,0 +1,169 @@
+"""The configuration that a run folder holds, read back: config.yaml to the model of the run.
+
+The parser of `pretrain` uses `add_model` too, so that a run and whoever reads it agree.
+"""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from torch import nn
+
+from maepretrain.checkpoints.sharded import is_checkpoint
+from maepretrain.models.autoencoders.adversarial import Adversarial
+from maepretrain.models.autoencoders.autoencoder import Autoencoder
+from maepretrain.models.autoencoders.contractive import Contractive
+from maepretrain.models.autoencoders.denoising import Denoising
+from maepretrain.models.autoencoders.generative_stochastic import GenerativeStochastic
+from maepretrain.models.autoencoders.helmholtz import Helmholtz
+from maepretrain.models.autoencoders.predictive_sparse import PredictiveSparse
+from maepretrain.models.autoencoders.recirculation import Recirculation
+from maepretrain.models.autoencoders.semantic_hashing import SemanticHashing
+from maepretrain.models.autoencoders.sparse import Sparse
+from maepretrain.models.autoencoders.stacked import Stacked
+from maepretrain.models.autoencoders.variational import Variational
+from maepretrain.models.mae.model import MaskedAutoencoder
+from maepretrain.models.masked_tokens import MaskedTokens
+
+# Classes that a configuration may name without their module.
+MODELS: tuple[type[nn.Module], ...] = (
+    MaskedAutoencoder,
+    MaskedTokens,
+    Autoencoder,
+    Sparse,
+    Denoising,
+    Contractive,
+    Variational,
+    PredictiveSparse,
+    Stacked,
+    GenerativeStochastic,
+    Recirculation,
+    Helmholtz,
+    Adversarial,
+    SemanticHashing,
+)
+# Where classes of version 0.1 runs live now.
+MOVED = (
+    (r"maepretrain\.models\.mae\.(\w+)", r"maepretrain.models.mae.model.\1"),
+    (r"maepretrain\.models\.compression\.(\w+)", r"maepretrain.compression.autoencoder.\1"),
+    (r"maepretrain\.models\.residual_coder\.(\w+)", r"maepretrain.compression.residual_coder.\1"),
+    (r"maepretrain\.models\.(\w+\.[A-Z]\w+)", r"maepretrain.models.autoencoders.\1"),
+)
+# Arguments of a model that other parts of the configuration say: (there, of the model).
+LINKS = (
+    ("data.image_size", "image_size"),
+    ("data.channels", "channels"),
+    ("seed", "seed"),
+    ("seed", "layer.init_args.seed"),
+    ("data.image_size", "coder.init_args.image_size"),
+    ("data.channels", "coder.init_args.channels"),
+)
+
+
+def add_model(parser: ArgumentParser, models: tuple[type[nn.Module], ...] = MODELS) -> None:
+    """The option `model`, a class and its arguments; what the images are is said once, under data.
+
+    Args:
+        parser: has `seed`, `data.image_size` and `data.channels`.
+        models: named in the help; a class of the user's own is named with its module.
+    """
+    names = ", ".join(model.__name__ for model in models)
+    text = f"class and its arguments: {names}, or the path of a class of your own"
+    parser.add_argument("--model", type=nn.Module, required=True, help=text)
+    for source, target in LINKS:
+        parser.link_arguments(source, f"model.init_args.{target}")
+
+
+def read_model_config(run: Path) -> tuple[ArgumentParser, Namespace]:
+    """The section `model` of a pretraining run, complete, and the parser that instantiates it.
+
+    Raises:
+        ValueError: a configuration of no such run.
+    """
+    config = read_mapping(run / "config.yaml")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data.image_size", type=Any)
+    parser.add_argument("--data.channels", type=int)
+    add_model(parser)
+    data = config.get("data") or {}
+    try:
+        whole = parser.parse_object(
+            {
+                "seed": config.get("seed", 0),
+                "data": {name: data[name] for name in ("image_size", "channels")},
+                "model": _in_place(config["model"]),
+            }
+        )
+        alone = ArgumentParser(exit_on_error=False)
+        alone.add_argument("--model", type=nn.Module)
+        return alone, alone.parse_object({"model": whole.model})
+    except (ArgumentError, KeyError, TypeError) as error:
+        raise ValueError(f"{run} is no pretraining run: {error}") from error
+
+
+def _in_place(section: Any) -> Any:
+    """A section whose class paths are those of this version."""
+    if isinstance(section, list):
+        return [_in_place(value) for value in section]
+    if not isinstance(section, dict):
+        return section
+    inside = {key: _in_place(value) for key, value in section.items()}
+    path = inside.get("class_path")
+    if isinstance(path, str) and path.startswith("maepretrain."):
+        inside["class_path"] = _current(path)
+    return inside
+
+
+def _current(class_path: str) -> str:
+    module = class_path.rpartition(".")[0]
+    try:
+        found = find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    if found is not None and found.submodule_search_locations is None:
+        return class_path
+    for pattern, replacement in MOVED:
+        if match := re.fullmatch(pattern, class_path):
+            return match.expand(replacement)
+    return class_path
+
+
+def run_of(spec: str) -> Path | None:
+    """The run folder that an encoder belongs to: itself, or of a file in it or one folder below."""
+    path = Path(spec)
+    inside = path.is_file() or is_checkpoint(path)
+    folders = [path.parent, path.parent.parent] if inside else [path]
+    return next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
+
+
+def locate(spec: str) -> Path:
+    """A run folder, or a file of weights, which may be the only one in a folder.
+
+    Raises:
+        ValueError: nothing of the kind.
+    """
+    path = Path(spec)
+    if path.is_file() or is_checkpoint(path) or (path / "config.yaml").is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"encoder {spec} is no run folder, no file, and no timm:NAME")
+    files = [file for pattern in ("*.safetensors", "*.pth") for file in path.glob(pattern)]
+    if len(files) != 1:
+        raise ValueError(
+            f"{path} is no run folder: it holds no config.yaml; nor is it an encoder's: it holds "
+            f"{len(files)} files of weights"
+        )
+    return files[0]
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file as a mapping; empty where it is none, which a parser will say."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}

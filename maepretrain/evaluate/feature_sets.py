@@ -1,0 +1,118 @@
+"""Views of an encoder: which features of an image a probe looks at, from one reading of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+
+from maepretrain.data.module import ShardData
+from maepretrain.data.normalise import Normalise
+from maepretrain.evaluate.features import embed
+
+Pool = Literal["mean", "cls", "last4"]
+OUTPUT = "output"
+# PCA is fitted on at most so many images, evenly spaced.
+PCA_IMAGES = 10_000
+
+
+@dataclass(frozen=True)
+class Views:
+    """From uint8 images to features under names.
+
+    Args:
+        encode: images (b, c, h, w) to features (b, d) of each name.
+        widths: d of each name.
+    """
+
+    encode: Callable[[Tensor], dict[str, Tensor]]
+    widths: dict[str, int]
+
+
+def encoder_views(
+    encoder: nn.Module,
+    data: ShardData,
+    device: torch.device,
+    pools: Sequence[Pool] = (),
+    blocks: Sequence[int] | None = None,
+) -> Views:
+    """`output`, what `encode` gives, and the outputs of blocks pooled.
+
+    Args:
+        encoder: has `encode`, and `features` and `depth` where it has blocks.
+        data: tells shape and normalisation.
+        device: where the encoder runs.
+        pools: "mean" of the patch tokens and "cls", the class token, of each block; "last4", the
+            mean of the patch tokens of the last four blocks, side by side (Caron et al. 2021,
+            arXiv 2104.14294, appendix F). What the encoder has not is left out.
+        blocks: 0 is the first, -1 the last; None takes all.
+
+    Raises:
+        ValueError: a block that the encoder does not have.
+    """
+    model, normalise = cast(Any, encoder).eval().to(device), Normalise(data.mean, data.std)
+    normalise.to(device)
+    depth = model.depth if hasattr(model, "features") else 0
+    wanted = range(depth) if blocks is None else [_checked(block, depth) for block in blocks]
+    read = set(wanted) if {"mean", "cls"} & set(pools) else set()
+    last = range(max(0, depth - 4), depth) if "last4" in pools else range(0)
+    order = sorted(read | set(last))
+    has_class = getattr(getattr(model, "encoder", None), "cls_token", None) is not None
+
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        x = normalise(images.to(device, non_blocking=True))
+        views = {OUTPUT: model.encode(x)}
+        tokens = dict(zip(order, model.features(x, order), strict=True)) if order else {}
+        means = {block: t[:, model.prefix :].mean(1) for block, t in tokens.items()}
+        for block in sorted(read):
+            if "mean" in pools:
+                views[f"block {block} mean"] = means[block]
+            if "cls" in pools and has_class:
+                views[f"block {block} cls"] = tokens[block][:, 0]
+        if last:
+            views["last 4 mean"] = torch.cat([means[block] for block in last], 1)
+        return views
+
+    return _measured(encode, data)
+
+
+def _checked(block: int, depth: int) -> int:
+    if not -depth <= block < depth:
+        raise ValueError(f"block {block} is none of the encoder's {depth}")
+    return block % depth
+
+
+def pixel_views(data: ShardData) -> Views:
+    """Raw pixels as features."""
+    return _measured(lambda images: {OUTPUT: pixels(images)}, data)
+
+
+def pca_views(data: ShardData, components: int = 64) -> Views:
+    """The first principal components of the pixels of the training images, labelled or not, which
+    is what the encoder has seen too."""
+    step = -(-len(data.index) // PCA_IMAGES)
+    images = data.index.choose(torch.arange(0, len(data.index), step))
+    x, _ = embed(pixels, data.evaluation(images), workers=data.num_workers)
+    components = min(components, len(x) - 1, x.shape[1])
+    pca = PCA(components, random_state=0).fit(x.numpy())
+
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        return {OUTPUT: torch.from_numpy(pca.transform(pixels(images).numpy())).float()}
+
+    return _measured(encode, data)
+
+
+def pixels(images: Tensor) -> Float[Tensor, "b d"]:
+    """Pixels in 0..1 as features; signals as they are."""
+    values = images.flatten(1).float()
+    return values / 255 if images.dtype == torch.uint8 else values
+
+
+@torch.no_grad()
+def _measured(encode: Callable[[Tensor], dict[str, Tensor]], data: ShardData) -> Views:
+    # An input of the data itself: pixels, values of signals or tokens.
+    features = encode(data.evaluation(data.index)[0]["input"][None])
+    return Views(encode, {name: feature.shape[1] for name, feature in features.items()})

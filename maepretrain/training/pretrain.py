@@ -1,0 +1,57 @@
+"""Pretraining: any model of the project, one optimizer, one schedule, in one run folder.
+
+`pretrain()` is what the command line, the quickstart and the tests call.
+"""
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from maepretrain.data.module import ShardData
+from maepretrain.data.samples import Batch
+from maepretrain.training.module import Scheduled
+from maepretrain.training.nonfinite import NonFinite
+from maepretrain.training.optimizer import Optimization
+
+
+class Pretrain(Scheduled):
+    """Trains any model with `model(batch) -> {"loss": ..., ...}` on batches of uint8 images."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optim: Optimization,
+        data: ShardData,
+        steps: int,
+        seed: int = 0,
+        guard: NonFinite | None = None,
+    ) -> None:
+        super().__init__(optim, data, steps, seed)
+        self.model, self.guard = model, guard or NonFinite()
+
+    def costly(self) -> nn.Module:
+        """The model."""
+        return self.model
+
+    def summary(self) -> dict[str, str]:
+        """What the model says of itself."""
+        return cast(Any, self.model).summary() if hasattr(self.model, "summary") else {}
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Features (b, d) of uint8 images."""
+        return cast(Any, self.model).encode(self.normalise(images))
+
+    def reconstruct(self, images: Tensor) -> Any:
+        """What a picture shows of uint8 images."""
+        return cast(Any, self.model).reconstruct(self.normalise(images))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        def losses(images: Tensor) -> Batch:
+            return self.model(batch | {"input": images})
+
+        return self.guard.loss(self, batch, batch_idx, self.normalise(batch["input"]), losses)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        losses = self.model(batch | {"input": self.normalise(batch["input"])})
+        named = {f"val_{name}": value for name, value in losses.items()}
+        self.log_dict(named, batch_size=len(batch["position"]), sync_dist=True, prog_bar=True)

@@ -1,0 +1,330 @@
+"""The verb `compare`: several models on the same data, each trained for the same CPU seconds, then
+judged alike: reconstruction, linear probe, k-NN, fine-tuning on few labels.
+
+A run that has its figures is not made again: the command can be stopped at any time, called again,
+and called with more configs later.
+"""
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from maepretrain.checkpoints.encoders import load_encoder
+from maepretrain.data.module import ShardData
+from maepretrain.data.normalise import Normalise
+from maepretrain.evaluate.features import embed
+from maepretrain.evaluate.finetune import finetune, finetune_parser
+from maepretrain.evaluate.options import OF_TRAINING
+from maepretrain.evaluate.probe import probe, probe_parser
+from maepretrain.files import replacing
+from maepretrain.parsing import UserError, allow_bare_flags, find_config, make_parser
+from maepretrain.plots import reconstruction_grid
+from maepretrain.ranks import quiet_lightning, say
+from maepretrain.runs.results import print_columns, spread, write_results
+from maepretrain.training.experiment import run_experiment
+from maepretrain.workflows.pretrain import pretrain, pretrain_parser
+
+# Steps of the short runs by whose difference the cost of a step is known: the first two, and where
+# they differ by less than CALIBRATED CPU seconds, the first and the last.
+CALIBRATION = (10, 60, 1010)
+CALIBRATED = 3.0
+WARMUP = 0.1
+PICTURES = 10
+# Options that go to every pretraining: --data.train and the like.
+PASSED_ON = ("--data.", "--optim.", "--model.", "--trainer.")
+COLUMNS = {
+    "error": "reconstruction",
+    "probe": "probe",
+    "knn": "k-NN",
+    "finetune": "fine-tuned",
+    "parameters": "parameters",
+    "images": "images seen",
+    "cpu_seconds": "CPU s",
+    "minutes": "min",
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a pretraining may take: CPU seconds, or a number of steps where it is given."""
+
+    cpu_seconds: float
+    steps: int | None = None
+
+    @property
+    def number(self) -> float:
+        """Steps where they are given, else CPU seconds."""
+        return self.cpu_seconds if self.steps is None else float(self.steps)
+
+    def __str__(self) -> str:
+        given = f"{self.cpu_seconds:g} CPU seconds" if self.steps is None else f"{self.steps} steps"
+        return f"{given} of pretraining each"
+
+
+def compare(
+    configs: list[str],
+    out: Path,
+    cpu_seconds: float = 120.0,
+    steps: int | None = None,
+    seeds: int = 3,
+    seed: int = 0,
+    finetuning: list[str] | None = None,
+    options: list[str] | None = None,
+    probe_options: list[str] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Train each config for the same CPU seconds and print one table of what came of it.
+
+    The number of steps is chosen beforehand, from the CPU time that a step takes here (decoding
+    included), so that the learning rate's schedule ends with the budget; warm-up takes at most a
+    tenth of it.
+
+    Args:
+        configs: of `pretrain`, files or names of shipped ones.
+        out: folder of the runs, OUT/NAME/seed-N, of results.json and of the picture.
+        cpu_seconds: budget of each pretraining.
+        steps: of each pretraining, in the place of the budget.
+        seeds: runs of each config.
+        seed: the first of them.
+        finetuning: configs of `finetune`, by which every encoder is fine-tuned on labels. Default
+            none: the column stays empty.
+        options: for every pretraining: `--data.train PATTERN` and the like.
+        probe_options: for every probe: `--sweep.epochs 5` and the like.
+
+    Returns:
+        The figures of each config: mean, and `NAME_std` over the seeds.
+
+    Raises:
+        ValueError: a budget that is too small for one step, or another than that of the runs which
+            the folder holds.
+    """
+    paths = {path.stem: path for path in (find_config(config) for config in configs)}
+    if len(paths) < len(configs):
+        raise UserError("two configs of the same file name: their runs would share a folder")
+    if seeds < 1 or cpu_seconds <= 0 or (steps is not None and steps < 1):
+        raise ValueError(
+            f"seeds {seeds} and steps {steps} must be at least 1, cpu_seconds {cpu_seconds} above 0"
+        )
+    budget = Budget(cpu_seconds, steps)
+    rows: dict[str, dict[str, Any]] = {}
+    drawn: dict[str, Path] = {}
+    for name, path in paths.items():
+        figures = []
+        for one in range(seed, seed + seeds):
+            run = out / name / f"seed-{one}"
+            asked = ["-c", str(path), *(options or []), "--seed", str(one)]
+            say(f"== {name}, seed {one}: {run}")
+            figures.append(_one(run, asked, budget, finetuning or [], probe_options or []))
+            drawn.setdefault(name, run)
+        rows[name] = spread([{"n": 1.0} | figure for figure in figures])
+        write_results(out, "compare", {"rows": rows, "seeds": seeds} | vars(budget))
+    _draw(drawn, out / "reconstructions.png")
+    print_comparison(rows, budget)
+    print(f"results in {out / 'results.json'}, pictures in {out / 'reconstructions.png'}")
+    return rows
+
+
+def _one(
+    run: Path, asked: list[str], budget: Budget, finetuning: list[str], probing: list[str]
+) -> dict[str, float]:
+    """One run and its figures; each stage is skipped where its result is there."""
+    kept = run / "compare.json"
+    figures: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
+    if "cpu_seconds" not in figures:
+        figures = _train(run, asked, budget) | {"budget": budget.number}
+        _keep(kept, figures)
+    if figures["budget"] != budget.number:
+        raise ValueError(
+            f"{run} was trained for another budget, {figures['budget']:g} and not "
+            f"{budget.number:g}: take another --out, or the same budget"
+        )
+    if "error" not in figures:
+        figures |= _reconstruct(run)
+        _keep(kept, figures)
+    if "probe" not in figures:
+        row = _frozen(run, probing)
+        figures |= {"probe": row["top1"], "knn": row["knn"]}
+        _keep(kept, figures)
+    if finetuning and "finetune" not in figures:
+        figures["finetune"] = _finetune(run, finetuning, asked[-1])
+        _keep(kept, figures)
+    return figures
+
+
+def _keep(path: Path, figures: dict[str, float]) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(figures, indent=1).encode() + b"\n")
+
+
+def _train(run: Path, asked: list[str], budget: Budget) -> dict[str, float]:
+    """Pretrain within the budget, decoding in this process so that its CPU time is all there is."""
+    asked = [*asked, "--data.num_workers", "0", "--trainer.limit_val_batches", "0"]
+    data, warmup_epochs = _parsed(asked, run)
+    steps = budget.steps or _steps_within(budget.cpu_seconds, asked)
+    warmup = min(warmup_epochs, WARMUP * steps / data.order.steps_per_epoch)
+    length = ["--trainer.max_steps", str(steps), "--optim.warmup_epochs", str(warmup)]
+    began, used = time.perf_counter(), time.process_time()
+    _pretrain([*asked, *length, "--run", str(run), "--overwrite"])
+    used = time.process_time() - used
+    return {
+        "cpu_seconds": used,
+        "minutes": (time.perf_counter() - began) / 60,
+        "steps": float(steps),
+        "images": float(steps * data.global_batch),
+        "parameters": float(sum(p.numel() for p in load_encoder(str(run)).parameters())),
+    }
+
+
+def _parsed(asked: list[str], run: Path) -> tuple[ShardData, float]:
+    """The data of a config, and its epochs of warm-up."""
+    parser = pretrain_parser(make_parser("compare"))
+    allow_bare_flags(parser)
+    config = parser.parse_args([*asked, "--run", str(run)])
+    return ShardData(**config.data.as_dict()), config.optim.warmup_epochs
+
+
+def _pretrain(argv: list[str]) -> None:
+    parser = pretrain_parser(make_parser("pretrain"))
+    if run_experiment(pretrain, parser, [*argv, "--pictures", "0", "--live_probe", "0"]):
+        raise KeyboardInterrupt  # it was stopped, and has said so
+
+
+def _steps_within(cpu_seconds: float, asked: list[str]) -> int:
+    """How many steps the budget is enough for, by the cost of a step: the difference of two short
+    runs, which leaves start-up out."""
+    few, some, many = CALIBRATION
+    _cpu_seconds(asked, few)  # the first one loads and compiles things
+    first = _cpu_seconds(asked, few)
+    spent, steps = _cpu_seconds(asked, some) - first, some - few
+    if spent < CALIBRATED:
+        spent, steps = _cpu_seconds(asked, many) - first, many - few
+    if not 0 < spent / steps <= cpu_seconds:
+        raise ValueError(
+            f"a step takes {spent / steps:.3g} CPU seconds: set cpu_seconds {cpu_seconds:g} higher"
+        )
+    return int(cpu_seconds * steps / spent)
+
+
+def _cpu_seconds(asked: list[str], steps: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.process_time()
+        _pretrain([*asked, "--trainer.max_steps", str(steps), "--run", f"{folder}/run"])
+        return time.process_time() - began
+
+
+def _evaluation_data(run: Path) -> ShardData:
+    """The run's data without what belongs to its training."""
+    parser = pretrain_parser(make_parser("compare"))
+    config = parser.parse_path(str(run / "config.yaml"))
+    known = {k: v for k, v in config.data.as_dict().items() if k not in OF_TRAINING}
+    return ShardData(**known, global_batch=1)
+
+
+@torch.no_grad()
+def _reconstruct(run: Path) -> dict[str, float]:
+    """Mean squared error of the reconstructions of held-out inputs, in pixel values of 0..1."""
+    data = _evaluation_data(run)
+    if data.val_index is None:
+        raise ValueError("there are no held-out shards to reconstruct: set --data.val")
+    model, normalise = load_encoder(str(run)).eval(), Normalise(data.mean, data.std)
+
+    def errors(images: Tensor) -> Float[Tensor, "b 1"]:
+        shown = cast(Any, model).reconstruct(normalise(images))
+        gap = normalise.undo(shown.reconstruction.float()) - normalise.undo(shown.original.float())
+        return gap.square().flatten(1).mean(1, keepdim=True)
+
+    found, _ = embed(errors, data.evaluation(data.val_index))
+    return {"error": float(found.double().mean())}
+
+
+def _frozen(run: Path, options: list[str]) -> dict[str, Any]:
+    parser = probe_parser(make_parser("probe"))
+    allow_bare_flags(parser)
+    argv = ["--encoder", str(run), *options]
+    arguments = parser.instantiate(parser.parse_args(argv)).as_dict()
+    arguments.pop("config", None)
+    return probe(**arguments)["pretrained"]
+
+
+def _finetune(run: Path, configs: list[str], seed: str) -> float:
+    """Accuracy after fine-tuning; the inputs are normalised as the encoder knows them."""
+    folder = run / "finetune"
+    data = _evaluation_data(run)
+    known = {"mean": list(data.mean), "std": list(data.std), "num_workers": 0}
+    argv = [word for config in configs for word in ("-c", config)]
+    argv += [f"--data.{key}={json.dumps(value)}" for key, value in known.items()]
+    argv += ["--encoder", str(run), "--run", str(folder), "--seed", seed, "--overwrite"]
+    if run_experiment(finetune, finetune_parser(make_parser("finetune")), argv):
+        raise KeyboardInterrupt
+    return json.loads((folder / "results.json").read_text())["finetune"]["top1"]
+
+
+@torch.no_grad()
+def _draw(runs: dict[str, Path], path: Path) -> None:
+    """The same held-out inputs as each model reconstructs them, a row each."""
+    rows: dict[str, Tensor] = {}
+    for name, run in runs.items():
+        data = _evaluation_data(run)
+        assert data.val_index is not None
+        model, normalise = load_encoder(str(run)).eval(), Normalise(data.mean, data.std)
+        numbers = list(range(min(PICTURES, len(data.val_index))))
+        images = data.evaluation(data.val_index).__getitems__(numbers)["input"]
+        shown = cast(Any, model).reconstruct(normalise(images))
+        rows.setdefault("original", normalise.undo(shown.original.float()))
+        rows[name] = normalise.undo(shown.reconstruction.float())
+    if len({row.shape for row in rows.values()}) == 1:  # configs may differ in their image size
+        reconstruction_grid(list(rows.values()), list(rows), path)
+
+
+def print_comparison(rows: dict[str, dict[str, Any]], budget: Budget) -> None:
+    """The table for people.
+
+    Args:
+        rows: figures of each config, as `compare` returns them.
+        budget: of each pretraining.
+    """
+    print(f"{budget}; mean ± spread over seeds")
+    print_columns("config", COLUMNS, rows, _cell)
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    if key not in row:
+        return ""
+    if key in ("parameters", "images", "cpu_seconds"):
+        return f"{row[key]:,.0f}"
+    if key == "minutes":
+        return f"{row[key]:.1f}"
+    digits = 5 if key == "error" else 4
+    std = row.get(f"{key}_std")
+    return f"{row[key]:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+
+
+def compare_command(argv: list[str]) -> int:
+    """The verb `compare`; `--data.…`, `--optim.…`, `--model.…` and `--trainer.…` go to every
+    pretraining, `--sweep.…` and `--neighbours.…` to every probe."""
+    mine, passed, probing = _shared_out(argv)
+    parser = make_parser("compare", config=False)
+    parser.add_argument("-c", "--configs", nargs="+", type=str, required=True, help="of `pretrain`")
+    parser.add_function_arguments(compare, skip={"configs", "options", "probe_options"})
+    quiet_lightning()
+    arguments = parser.parse_args(mine).as_dict()
+    compare(**arguments, options=passed, probe_options=probing)
+    return 0
+
+
+def _shared_out(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Words for `compare` itself, for each pretraining, for each probe."""
+    shares: tuple[list[str], ...] = ([], [], [])
+    target = 0
+    for word in argv:
+        if word.startswith("-"):
+            passed = word.startswith(PASSED_ON)
+            target = 1 if passed else 2 if word.startswith(("--sweep.", "--neighbours.")) else 0
+        shares[target].append(word)
+    return shares[0], shares[1], shares[2]

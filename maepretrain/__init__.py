@@ -1,3 +1,3 @@
 """maepretrain: self-supervised pretraining of masked autoencoders from WebDataset shards."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -22,8 +22,8 @@ from maepretrain.evaluate.targets import Targets
 from maepretrain.randomness import key
 from maepretrain.ranks import run_on_all
 from maepretrain.runs.results import scores
-from maepretrain.strategies.sharded import copies
-from maepretrain.training.module import Scheduled
+from maepretrain.strategies.sharded import local_tensors
+from maepretrain.training.module import TrainingModule
 from maepretrain.training.nonfinite import NonFinite
 from maepretrain.training.optimizer import Optimization
 
@@ -156,7 +156,7 @@ class Finetuned(nn.Module):
         return {"loss": F.cross_entropy(self.head(features), batch["label"])}
 
 
-class Classifier(Scheduled):
+class Classifier(TrainingModule):
     """An encoder and a head, trained with cross-entropy.
 
     Args:
@@ -233,11 +233,11 @@ class Classifier(Scheduled):
         parameters = dict(self.model.named_parameters())
         return [[parameters[name] for name in layer] for layer in self._layers]
 
-    def costly(self) -> nn.Module:
+    def training_step_model(self) -> nn.Module:
         """Encoder and head."""
         return Finetuned(self.model, self.head)
 
-    def units(self) -> list[nn.Module]:
+    def sharding_units(self) -> list[nn.Module]:
         averaged = [] if self.ema is None else cast(nn.ModuleDict, self.ema.module).values()
         return [self.model, self.head, *averaged]
 
@@ -429,7 +429,7 @@ def update_average(average: nn.Module, network: nn.Module, decay: float) -> None
         decay: 0..1.
     """
     for mean, now in zip(tensors(average), tensors(network), strict=True):
-        for ours, theirs in zip(copies(mean), copies(now), strict=True):
+        for ours, theirs in zip(local_tensors(mean), local_tensors(now), strict=True):
             if ours.is_floating_point():
                 ours.lerp_(theirs, 1 - decay)
             else:

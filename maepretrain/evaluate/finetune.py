@@ -144,7 +144,7 @@ def finetune(
     with folder:
         origin = f"architecture of {encoder}, from scratch" if scratch else f"encoder {encoder}"
         what = f"{count} classes" if table is None else f"{task} of {count}"
-        module.tell({"classifier": f"{what}, {len(data.index):,} labelled images, {origin}"})
+        module.announce({"classifier": f"{what}, {len(data.index):,} labelled images, {origin}"})
         ended, engine = fit(module, data, arguments, folder, [guard], last)
         if ended and data.val_index is not None:
             if module.scored_at != engine.global_step:

@@ -124,7 +124,7 @@ def made(
     return {kind: value for kind, value in state.items() if isinstance(value, Tensor)}
 
 
-def copies(tensor: Tensor) -> list[Tensor]:
+def local_tensors(tensor: Tensor) -> list[Tensor]:
     """The memory in which this process holds a tensor, or its part of one: DTensors of FSDP2, the
     partition of ZeRO-3 and, where it keeps a small one whole too, that."""
     if isinstance(tensor, DTensor):

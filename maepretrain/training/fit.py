@@ -20,7 +20,7 @@ from maepretrain.training.callbacks.gradient_norm import GradientNorm
 from maepretrain.training.callbacks.last_checkpoint import LastCheckpoint, MidValidation
 from maepretrain.training.callbacks.progress import progress
 from maepretrain.training.callbacks.throughput import Throughput
-from maepretrain.training.module import Scheduled, _data_state
+from maepretrain.training.module import TrainingModule, _data_state
 from maepretrain.training.preemption import Preempted, Stop, under_slurm
 
 # What gloo and NCCL say where another process of the run has ended.
@@ -79,7 +79,7 @@ def in_steps(trainer: dict[str, Any], steps_per_epoch: int) -> dict[str, Any]:
 
 
 def fit(
-    module: Scheduled,
+    module: TrainingModule,
     data: ShardData,
     trainer: dict[str, Any],
     folder: RunFolder,
@@ -154,14 +154,14 @@ def fit(
 
 
 def _set_speed(
-    throughput: Throughput, data: ShardData, engine: L.Trainer, module: Scheduled
+    throughput: Throughput, data: ShardData, engine: L.Trainer, module: TrainingModule
 ) -> str:
     """Tell the throughput what an image costs and what the devices could do; both in words."""
     assert data.stream is not None
     dtype = torch.bfloat16 if str(engine.precision).startswith(("bf16", "16")) else None
     peak, source = peak_here(engine.strategy.root_device, dtype)
     costs: dict[tuple[int, ...], float] = {}
-    model = module.costly()
+    model = module.training_step_model()
     by_parts = isinstance(model, MaskedAutoencoder)
     n = data.stream.micro_batch if by_parts else 2
     for shape in {data.shape_at(0), data.shape}:
@@ -182,7 +182,7 @@ def _set_speed(
 
 
 def _describe(
-    data: ShardData, engine: L.Trainer, accumulation: int, module: Scheduled, cost: str
+    data: ShardData, engine: L.Trainer, accumulation: int, module: TrainingModule, cost: str
 ) -> None:
     """Tell what is really applied before the first step."""
     assert data.stream is not None
@@ -203,4 +203,4 @@ def _describe(
         f"{type(engine.strategy).__name__}",
         "run folder": str(engine.default_root_dir),
     }
-    module.tell(lines | module.summary())
+    module.announce(lines | module.summary())

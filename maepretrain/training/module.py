@@ -23,7 +23,7 @@ from maepretrain.training.callbacks.last_checkpoint import (
 from maepretrain.training.optimizer import Group, Optimization, check_groups, describe
 
 
-class Scheduled(L.LightningModule):
+class TrainingModule(L.LightningModule):
     """A LightningModule whose learning rate and random numbers are pure functions of the step.
 
     Shared by pretraining and fine-tuning: configuration wins over whatever a loaded checkpoint
@@ -42,12 +42,12 @@ class Scheduled(L.LightningModule):
         self.parameter_names: list[str] = []
         self.group_sizes: list[int] = []
 
-    def units(self) -> list[nn.Module]:
+    def sharding_units(self) -> list[nn.Module]:
         """What an engine divides, each part by itself."""
         return [cast(nn.Module, self.model)]
 
-    def costly(self) -> nn.Module:
-        """What a training step computes: `costly()(batch)["loss"]`."""
+    def training_step_model(self) -> nn.Module:
+        """What a training step computes: `training_step_model()(batch)["loss"]`."""
         raise NotImplementedError
 
     def parameter_layers(self) -> list[list[nn.Parameter]]:
@@ -73,14 +73,14 @@ class Scheduled(L.LightningModule):
         names = {id(p): name for name, p in self.named_parameters()}
         self.parameter_names = [names[id(p)] for g in groups for p in g["params"]]
         self.group_sizes = [len(g["params"]) for g in groups]
-        self.tell({"optimizer": "\n".join(self._describe(groups))})
+        self.announce({"optimizer": "\n".join(self._describe(groups))})
         # Lightning cannot clip under mixed precision when the optimizer is fused.
         amp = isinstance(self.trainer.precision_plugin, MixedPrecision)
         return self.optim.make(
             groups, self.global_batch, fused=not (amp and self.trainer.gradient_clip_val)
         )
 
-    def tell(self, lines: dict[str, str]) -> None:
+    def announce(self, lines: dict[str, str]) -> None:
         """Print what is really applied, and keep it for the run folder."""
         self.applied |= lines
         indented = {name: text.replace("\n", "\n" + 14 * " ") for name, text in lines.items()}
@@ -92,7 +92,7 @@ class Scheduled(L.LightningModule):
     def configure_model(self) -> None:
         """Divide the model where the strategy does."""
         if isinstance(strategy := self.trainer.strategy, FSDP2):
-            strategy.shard(self.units())
+            strategy.shard(self.sharding_units())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Names of what the optimizer numbers, for whichever engine goes on."""

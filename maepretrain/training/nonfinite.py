@@ -23,7 +23,7 @@ from maepretrain.data.errors import as_csv
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch
 from maepretrain.ranks import say
-from maepretrain.strategies.sharded import copies
+from maepretrain.strategies.sharded import local_tensors
 
 COLUMNS = ("step", "rank", "position", "key", "shard")
 
@@ -178,7 +178,7 @@ class NonFinite(L.Callback):
             ValueError: trained weights of any rank that are not finite.
         """
         trained = (p for p in pl_module.parameters() if p.requires_grad)
-        finite = all(bool(copies(p)[0].isfinite().all()) for p in trained)
+        finite = all(bool(local_tensors(p)[0].isfinite().all()) for p in trained)
         if not on_all_ranks(torch.tensor(finite, device=pl_module.device)):
             raise ValueError(
                 f"the weights after step {trainer.global_step - 1} are not finite and were not "

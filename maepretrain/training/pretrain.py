@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import Batch
-from maepretrain.training.module import Scheduled
+from maepretrain.training.module import TrainingModule
 from maepretrain.training.nonfinite import NonFinite
 from maepretrain.training.optimizer import Optimization
 
 
-class Pretrain(Scheduled):
+class Pretrain(TrainingModule):
     """Trains any model with `model(batch) -> {"loss": ..., ...}` on batches of uint8 images."""
 
     def __init__(
@@ -29,7 +29,7 @@ class Pretrain(Scheduled):
         super().__init__(optim, data, steps, seed)
         self.model, self.guard = model, guard or NonFinite()
 
-    def costly(self) -> nn.Module:
+    def training_step_model(self) -> nn.Module:
         """The model."""
         return self.model
 

@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.photographs import make_jpegs
 from benchmarks.timing import entry, positive, progress, table, workers_seconds
+from maepretrain.data.batch import Batch
 from maepretrain.data.module import ShardData
-from maepretrain.data.samples import Batch
 from maepretrain.data.shards.write import find_source, write_shards
 from maepretrain.models.mae.model import MaskedAutoencoder
 from maepretrain.training.optimizer import Optimization

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maepretrain.checkpoints.encoders import fresh_encoder
+from maepretrain.data.batch import Batch
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate.classifier import Classifier, Head
 from maepretrain.models.autoencoders.coders import Dense
@@ -24,7 +25,6 @@ from maepretrain.strategies.sharded import require_shardable
 from maepretrain.training.optimizer import Optimization
 
 Run = Callable[..., int]
-Batch = dict[str, Tensor]
 VIT: dict[str, Any] = {
     "encoder": "vit_tiny_patch16_224",
     "image_size": 64,

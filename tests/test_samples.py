@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from maepretrain.data import samples as samples_module
+from maepretrain.data.batch import Batch
 from maepretrain.data.errors import (
     CORRUPT_INPUT,
     KINDS,
@@ -24,7 +25,7 @@ from maepretrain.data.errors import (
 )
 from maepretrain.data.images import UNIFORMS, Augment, CentreCrop, SignalCrop
 from maepretrain.data.order import EpochOrder, Mixture
-from maepretrain.data.samples import Batch, Samples, ShardIndex
+from maepretrain.data.samples import Samples, ShardIndex
 from maepretrain.data.shards.index import Shard, open_shards
 from maepretrain.data.shards.reader import Store
 from maepretrain.data.shards.tar import Columns

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from maepretrain.checkpoints.encoders import load_encoder
+from maepretrain.data.batch import Batch
 from maepretrain.data.images import CentreCrop
 from maepretrain.data.module import ShardData
 from maepretrain.data.normalise import Normalise
-from maepretrain.data.samples import Batch, Samples
+from maepretrain.data.samples import Samples
 from maepretrain.evaluate.features import Processes
 from maepretrain.evaluate.options import evaluation_parser
 from maepretrain.files import replacing

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maepretrain.compression.refinement import Refinement, initialise
+from maepretrain.data.batch import Batch
 from maepretrain.randomness import uniform
-
-Batch = dict[str, Tensor]
 
 # Numbers of the code lie in -LARGEST..LARGEST; each is a symbol, -LARGEST being symbol 0.
 LARGEST = 127

@@ -30,9 +30,9 @@ from torch.nn import functional as F
 
 from maepretrain.compression.autoencoder import check_shape, padded
 from maepretrain.compression.refinement import ConvGRU, initialise
+from maepretrain.data.batch import Batch
 from maepretrain.randomness import uniform
 
-Batch = dict[str, Tensor]
 # Of what is missing, from one iteration to the next, before training.
 GAIN = 1.25
 # Of each recurrent layer; None before the first iteration.

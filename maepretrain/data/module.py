@@ -22,11 +22,12 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from maepretrain.data.batch import Batch
 from maepretrain.data.errors import Fault, FaultList, ShardError, borne, too_many
 from maepretrain.data.images import Augment, CentreCrop, SignalCrop
 from maepretrain.data.order import EpochOrder, Mixture, Order, lanes_of
 from maepretrain.data.sampler import Numbered, Stream
-from maepretrain.data.samples import Batch, Pixels, Samples, ShardIndex
+from maepretrain.data.samples import Pixels, Samples, ShardIndex
 from maepretrain.data.shards.index import Shard, open_shards, summary
 from maepretrain.data.shards.reader import Store
 from maepretrain.data.stores.cache import ReadAhead, ShardCache

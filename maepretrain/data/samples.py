@@ -9,6 +9,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from maepretrain.data.batch import Batch
 from maepretrain.data.errors import (
     CORRUPT_INPUT,
     KINDS,
@@ -34,8 +35,6 @@ from maepretrain.data.shards.reader import Store
 from maepretrain.data.shards.tar import INPUT_EXTENSIONS, NO_LABEL, WRONG_LABEL, Columns
 from maepretrain.data.stores.remote import shown
 from maepretrain.randomness import uniform
-
-Batch = dict[str, Tensor]
 
 # Of so many shards a reader keeps the columns: more than the lanes of a batch touch at a time.
 REMEMBERED_SHARDS = 256

@@ -18,9 +18,10 @@ from braceexpand import braceexpand
 from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
+from maepretrain.data.batch import Batch
 from maepretrain.data.errors import DAMAGED_SHARD, Fault, FaultList, ShardError, Unreadable
 from maepretrain.data.sampler import Stream
-from maepretrain.data.samples import Batch, Pixels
+from maepretrain.data.samples import Pixels
 from maepretrain.data.shards.index import expand
 from maepretrain.data.shards.tar import INPUT_EXTENSIONS, NO_LABEL, TAR_HEADER, label_of
 from maepretrain.data.stores.remote import shown

@@ -16,8 +16,8 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from maepretrain.data.augment import Augmentation
+from maepretrain.data.batch import Batch
 from maepretrain.data.module import ShardData
-from maepretrain.data.samples import Batch
 from maepretrain.evaluate.targets import Targets
 from maepretrain.randomness import key
 from maepretrain.ranks import run_on_all

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import DataLoader
 
+from maepretrain.data.batch import Batch
 from maepretrain.data.errors import Fault
-from maepretrain.data.samples import Batch, Samples
+from maepretrain.data.samples import Samples
 from maepretrain.ranks import is_rank_zero, say
 
 # Rows that are read or computed on at a time.

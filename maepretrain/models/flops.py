@@ -17,10 +17,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from maepretrain.data.batch import Batch
 from maepretrain.models.mae.model import MaskedAutoencoder
-
-Batch = dict[str, Tensor]
-
 
 # Dense peak TFLOP/s in 16 bits (V100 and T4 have float16 only) and in fp32 without TF32: the
 # vendors' data sheets, from memory; of the SXM version where there are several.

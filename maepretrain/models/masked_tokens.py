@@ -22,11 +22,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maepretrain.data.batch import Batch
 from maepretrain.data.images import PADDING
 from maepretrain.models.vit import sincos_positions
 from maepretrain.randomness import uniform
-
-Batch = dict[str, Tensor]
 
 
 class Prediction(NamedTuple):

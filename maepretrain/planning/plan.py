@@ -38,13 +38,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from maepretrain.checkpoints.encoders import fresh_encoder
+from maepretrain.data.batch import Batch
 from maepretrain.data.module import ShardData
 from maepretrain.data.normalise import Normalise
 from maepretrain.data.order import EpochOrder
 from maepretrain.data.sampler import Stream
 from maepretrain.evaluate.classifier import Finetuned, Head, choose_layers
 from maepretrain.evaluate.finetune import finetune_parser
-from maepretrain.models.flops import Batch, Flops, as_taken, flops, imitate, peak_of
+from maepretrain.models.flops import Flops, as_taken, flops, imitate, peak_of
 from maepretrain.models.mae.decoders import CrossBlock
 from maepretrain.models.mae.model import MaskedAutoencoder
 from maepretrain.parsing import UserError, allow_bare_flags, make_parser

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
+from maepretrain.data.batch import Batch
 from maepretrain.data.module import ShardData
 from maepretrain.data.normalise import Normalise
-from maepretrain.data.samples import Batch
 from maepretrain.ranks import say
 from maepretrain.strategies.fsdp2 import FSDP2
 from maepretrain.training.callbacks.last_checkpoint import (

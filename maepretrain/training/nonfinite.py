@@ -19,9 +19,9 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch import distributed as dist
 
+from maepretrain.data.batch import Batch
 from maepretrain.data.errors import as_csv
 from maepretrain.data.module import ShardData
-from maepretrain.data.samples import Batch
 from maepretrain.ranks import say
 from maepretrain.strategies.sharded import local_tensors
 

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from maepretrain.data.batch import Batch
 from maepretrain.data.module import ShardData
-from maepretrain.data.samples import Batch
 from maepretrain.training.module import TrainingModule
 from maepretrain.training.nonfinite import NonFinite
 from maepretrain.training.optimizer import Optimization

@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from maepretrain.data.batch import Batch
 from maepretrain.models.autoencoders.autoencoder import Reconstruction
 from maepretrain.models.autoencoders.coders import Coder
 from maepretrain.randomness import normal, uniform
-
-Batch = dict[str, Tensor]
 
 
 class ConditionalReconstruction(NamedTuple):

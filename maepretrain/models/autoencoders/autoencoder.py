@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from maepretrain.data.batch import Batch
 from maepretrain.models.autoencoders.coders import Coder
-
-Batch = dict[str, Tensor]
 
 
 class Reconstruction(NamedTuple):

@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from maepretrain.data.batch import Batch
 from maepretrain.models.autoencoders.autoencoder import Reconstruction
 from maepretrain.models.autoencoders.coders import Coder, Dense
 from maepretrain.randomness import uniform
 
-Batch = dict[str, Tensor]
 Jacobian = Literal["closed", "exact", "hutchinson"]
 
 

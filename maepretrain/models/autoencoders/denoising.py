@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from maepretrain.data.batch import Batch
 from maepretrain.models.autoencoders.coders import Coder
 from maepretrain.models.autoencoders.corruption import Corruption, Kind
-
-Batch = dict[str, Tensor]
 
 
 class Reconstruction(NamedTuple):

@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from maepretrain.data.batch import Batch
 from maepretrain.models.autoencoders.coders import Coder
 from maepretrain.models.autoencoders.corruption import Corruption, Kind
 from maepretrain.randomness import normal, uniform
 
-Batch = dict[str, Tensor]
 # Steps of the chain from noise that a picture shows the end of.
 PICTURED = 50
 

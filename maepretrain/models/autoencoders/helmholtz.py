@@ -21,10 +21,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maepretrain.data.batch import Batch
 from maepretrain.models.autoencoders.autoencoder import Reconstruction
 from maepretrain.randomness import uniform
 
-Batch = dict[str, Tensor]
 States = list[Tensor]
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Batch = dict[str, Tensor]
+from maepretrain.data.batch import Batch
 
 
 class Reconstruction(NamedTuple):

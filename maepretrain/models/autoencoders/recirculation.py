@@ -19,10 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maepretrain.data.batch import Batch
 from maepretrain.models.autoencoders.autoencoder import Reconstruction
 from maepretrain.models.autoencoders.coders import Coder, Dense
-
-Batch = dict[str, Tensor]
 
 
 class Recirculation(nn.Module):

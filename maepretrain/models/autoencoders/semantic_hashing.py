@@ -17,10 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from maepretrain.data.batch import Batch
 from maepretrain.models.autoencoders.coders import Coder
 from maepretrain.randomness import normal
-
-Batch = dict[str, Tensor]
 
 
 class HashReconstruction(NamedTuple):

@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from maepretrain.data.batch import Batch
 from maepretrain.models.autoencoders.autoencoder import Reconstruction
 from maepretrain.models.autoencoders.coders import Coder
 
-Batch = dict[str, Tensor]
 Penalty = Literal["l1", "kl", "k"]
 
 

@@ -20,12 +20,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from maepretrain.data.batch import Batch
 from maepretrain.models.autoencoders.autoencoder import Autoencoder
 from maepretrain.models.autoencoders.coders import Activation, Coder, Dense
 from maepretrain.models.autoencoders.likelihoods import Kind
 from maepretrain.models.autoencoders.sparse import Sparse
-
-Batch = dict[str, Tensor]
 
 
 class Reconstruction(NamedTuple):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from maepretrain.data.batch import Batch
 from maepretrain.models.mae.decoders import CrossBlock, FeatureMaps, SelfBlock
 from maepretrain.models.vit import (
     check_blocks,
@@ -36,7 +37,6 @@ from maepretrain.models.vit import (
 )
 from maepretrain.randomness import uniform
 
-Batch = dict[str, Tensor]
 BLOCKS_TRIED = 32
 
 

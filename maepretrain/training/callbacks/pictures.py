@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from maepretrain.data.samples import Batch
+from maepretrain.data.batch import Batch
 from maepretrain.plots import reconstruction_grid
 from maepretrain.ranks import run_on_all
 

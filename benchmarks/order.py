@@ -19,7 +19,7 @@ from maepretrain.data.order import EpochOrder
 from maepretrain.data.samples import ShardIndex
 from maepretrain.data.shards.index import INDEX_VERSION, open_shards
 
-# (shards, samples in each, classes, batch, lanes, block); 1281 x 1000 is ImageNet.
+# (shards, samples in each, classes, batch, streams, block); 1281 x 1000 is ImageNet.
 SETTINGS = [
     (1281, 1000, 1000, 4096, 16, 8192),
     (1281, 1000, 1000, 4096, 16, 32768),
@@ -56,22 +56,22 @@ def quality(batches: np.ndarray, samples: int, classes: int) -> tuple[float, flo
 
 
 def row(
-    shards: int, per_shard: int, classes: int, batch: int, lanes: int, block: int
+    shards: int, per_shard: int, classes: int, batch: int, streams: int, block: int
 ) -> tuple[str, ...]:
     """A line of the table: of steps in the middle of an epoch."""
     samples = shards * per_shard
-    order = EpochOrder(torch.full((shards,), per_shard), batch, 0, lanes, block)
+    order = EpochOrder(torch.full((shards,), per_shard), batch, 0, streams, block)
     steps = min(STEPS, order.steps_per_epoch)
     first = (order.steps_per_epoch - steps) // 2 * batch
-    shard, member = order.locate(torch.arange(first, first + steps * batch))
-    ours = (shard * per_shard + member).numpy().reshape(steps, batch)
+    shard, sample = order.locate(torch.arange(first, first + steps * batch))
+    ours = (shard * per_shard + sample).numpy().reshape(steps, batch)
     full = np.random.default_rng(0).permutation(samples)[: steps * batch].reshape(steps, batch)
     mine, best = quality(ours, samples, classes), quality(full, samples, classes)
     ranks = (ours // per_shard).reshape(steps, RANKS, batch // RANKS)
     opened = np.mean([len(np.unique(ranks[:, rank])) for rank in range(RANKS)])
     cells = [f"{a:.4g} ({a / b:.3f})" for a, b in zip(mine, best, strict=True)]
     return (
-        *(f"{shards:,} x {per_shard:,}", f"{batch}", f"{lanes}", f"{block}"),
+        *(f"{shards:,} x {per_shard:,}", f"{batch}", f"{streams}", f"{block}"),
         *(*cells, f"{opened:.0f}"),
     )
 
@@ -86,8 +86,8 @@ def huge() -> None:
         index = ShardIndex(shards)
         order = EpochOrder(index.counts, 4096)
         for step in (0, order.steps_per_epoch - 1):
-            shard, member = order.locate(torch.arange(step * 4096, step * 4096 + 4096))
-            index.rows(shard, member)
+            shard, sample = order.locate(torch.arange(step * 4096, step * 4096 + 4096))
+            index.rows(shard, sample)
         ended = time.perf_counter()
     print(
         f"{len(index):,} samples in {len(shards):,} shards: indexes read in {opened - begin:.1f} s,"
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> None:
         return
     torch.set_num_threads(1)
     print(f"Means over {STEPS} steps; in brackets the ratio to a full permutation.\n")
-    titles = ("shards", "batch", "lanes", "block", "classes in a batch", "bits", "apart")
+    titles = ("shards", "batch", "streams", "block", "classes in a batch", "bits", "apart")
     titles = (*titles, f"shards that one of {RANKS} ranks opens in {STEPS} steps")
     print("| " + " | ".join(titles) + " |")
     print("|---" * len(titles) + "|")

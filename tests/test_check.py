@@ -71,7 +71,7 @@ def clean(folder: Path) -> list[Path]:
 
 def found(folder: Path, asked: Asked | None = None) -> list[Row]:
     report = check_shards([f"{folder}/*.tar"], asked or Asked())
-    return [(fault.kind, Path(fault.shard).name, fault.key) for fault in report.faults]
+    return [(error.kind, Path(error.shard).name, error.key) for error in report.errors]
 
 
 def notes(folder: Path, asked: Asked, world_size: int = 1, num_workers: int = 1) -> list[str]:
@@ -196,7 +196,7 @@ DAMAGED: dict[str, list[Row]] = {
     "other version": [("stale index", "1.tar", "1.tar.idx has version 1, not 2; delete it")],
     "damaged index": [("stale index", "1.tar", "1.tar.idx is damaged; delete it")],
     "checksum": [("wrong checksum", "1.tar", "its index says *")],
-    "truncated": [("damaged shard", "1.tar", "it ends inside member 007.png")],
+    "truncated": [("damaged shard", "1.tar", "it ends inside 007.png")],
     "no tar": [("unusable shard", "1.tar", "1.tar is not a whole, uncompressed tar")],
     "zero bytes": [("empty shard", "1.tar", "it holds no sample")],
     "empty": [("empty shard", "1.tar", "it holds no sample")],
@@ -232,7 +232,7 @@ def test_processes_find_the_same(tmp_path: Path):
     write_tar(tmp_path / "3.tar", [*sample(2), *sample(50, "77")])
     asked = Asked(classes=12, decode=False)
     one, two = (check_shards([f"{tmp_path}/*.tar"], asked, workers=w) for w in (1, 2))
-    assert one.faults == two.faults and one.notes == two.notes and len(one.faults) == 2
+    assert one.errors == two.errors and one.notes == two.notes and len(one.errors) == 2
 
 
 def test_without_decoding_only_what_bytes_say(tmp_path: Path):
@@ -271,10 +271,10 @@ def test_texts_are_decoded_as_training_decodes_them(tmp_path: Path):
     assert notes(tmp_path, Asked(1))[0].endswith("s.tar, b: the text is empty")
 
 
-def test_unlabelled_sets_are_no_fault(tmp_path: Path):
+def test_unlabelled_sets_are_no_error(tmp_path: Path):
     write_tar(tmp_path / "s.tar", [*sample(1, None), *sample(2, None)])
     report = check_shards([f"{tmp_path}/s.tar"], Asked())
-    assert report.faults == [] and ", no labels, " in report.totals
+    assert report.errors == [] and ", no labels, " in report.totals
 
 
 def test_keys_twice_are_found_by_their_hashes():
@@ -328,7 +328,7 @@ def test_batch_and_processes(
     report = check_shards(
         [f"{tmp_path}/*.tar"], Asked(decode=False), world_size, global_batch=global_batch
     )
-    assert [(f.kind, f.shard, f.key) for f in report.faults] == [
+    assert [(f.kind, f.shard, f.key) for f in report.errors] == [
         ("batch and processes", "", sentence) for sentence in said
     ]
 
@@ -364,7 +364,7 @@ def test_the_table_the_list_and_the_exit_code(
     damage(tmp_path, "noise")
     odd = b'[bold]\xff, "x"'.decode(errors="surrogateescape")
     write_tar(tmp_path / "0a.tar", [(f"{odd}.png", b"x"), *sample(2), *sample(3)])
-    listing = tmp_path / "faults.csv"
+    listing = tmp_path / "errors.csv"
     options = ("--classes", 3, "--workers", 1, "--list", listing)
     assert run_cli("shards", "check", f"{tmp_path}/*.tar", *options) == 1
     out = capsys.readouterr().out
@@ -440,7 +440,7 @@ def test_remote_shards_are_checked_through_the_cache(tmp_path: Path, server: Fau
     urls = [f"http://{server.host}/{name}.tar" for name in ("0", "1", "2", "gone")]
     cache = ShardCache(tmp_path / "cache", timeout=5.0, attempts=1)
     report = check_shards(urls, Asked(), cache=cache)
-    rows = [(fault.kind, fault.shard, fault.key) for fault in report.faults]
+    rows = [(error.kind, error.shard, error.key) for error in report.errors]
     assert [row[:2] for row in rows] == [
         ("unreadable input", urls[1]),
         ("unusable shard", urls[2]),
@@ -480,8 +480,8 @@ def test_order_prints_what_the_ranks_read(
     assert len({row[2:] for row in read}) == 144  # of 150: the tail is dropped
     assert run_cli("shards", "order", pattern, *common, "--rank", 1, "--step", 3) == 0
     assert printed(capsys) == [row for row in read if row[0] == 3][12:]
-    # Other lanes read the same samples in another order; underscores are as good as dashes.
-    options = ("--global_batch", 150, "--lanes", 5)
+    # Other streams read the same samples in another order; underscores are as good as dashes.
+    options = ("--global_batch", 150, "--streams", 5)
     assert run_cli("shards", "order", pattern, *options) == 0
     assert len({row[2:] for row in printed(capsys)}) == 150
     options = ("--global_batch", 80, "--tail", "pad", "--crops_per_image", 2, "--step", 3)
@@ -511,7 +511,7 @@ def test_order_prints_a_line_for_any_key(
         (["--global-batch", "24", "--step", "6"], "step 6: an epoch has steps 0 to 5"),
         (["--global-batch", "24", "--step", "-1"], "an epoch has steps 0 to 5"),
         (["--global-batch", "24", "--epoch", "-1"], "epoch -1"),
-        (["--global-batch", "24", "--lanes", "5"], "24 is not divisible by 5 lanes"),
+        (["--global-batch", "24", "--streams", "5"], "24 is not divisible by 5 streams"),
         (["--global-batch", "24", "--tail", "keep"], "tail"),
     ],
 )

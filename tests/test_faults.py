@@ -1,4 +1,4 @@
-"""The list of a run's faults: a CSV file that several processes and runs write into."""
+"""The list of a run's errors: a CSV file that several processes and runs write into."""
 
 import csv
 import subprocess
@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from maepretrain.data.errors import (
-    ALWAYS_BORNE,
+    ALWAYS_TOLERATED,
     CORRUPT_INPUT,
     KINDS,
     PRINTED,
-    Fault,
-    FaultList,
+    ErrorList,
+    ErrorRow,
     ShardError,
     as_csv,
-    borne,
     printable,
+    tolerated,
     too_many,
 )
 
@@ -41,28 +41,28 @@ def rows(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def faults(first: int, last: int) -> list[Fault]:
-    return [Fault(CORRUPT_INPUT, "a.tar", f"{i}", i, f"{i + 1}") for i in range(first, last)]
+def errors(first: int, last: int) -> list[ErrorRow]:
+    return [ErrorRow(CORRUPT_INPUT, "a.tar", f"{i}", i, f"{i + 1}") for i in range(first, last)]
 
 
-def test_a_fault_is_a_row_with_a_head(tmp_path: Path):
-    FaultList(tmp_path / "f.csv", 1000, 1.0).add(faults(3, 4))
+def test_an_error_is_a_row_with_a_head(tmp_path: Path):
+    ErrorList(tmp_path / "f.csv", 1000, 1.0).add(errors(3, 4))
     assert rows(tmp_path / "f.csv") == [
         ["kind", "shard", "key", "position", "replaced_by"],
         ["unreadable input", "a.tar", "3", "3", "4"],
     ]
 
 
-def test_no_faults_leave_no_file(tmp_path: Path):
-    FaultList(tmp_path / "f.csv", 1000, 1.0).add([])
+def test_no_errors_leave_no_file(tmp_path: Path):
+    ErrorList(tmp_path / "f.csv", 1000, 1.0).add([])
     assert not (tmp_path / "f.csv").exists()
 
 
 def test_awkward_names_come_back(tmp_path: Path):
     """And are known again, in the same list and in that of a resumed run."""
-    listed = [Fault("k", key, key, i, key) for i, key in enumerate(AWKWARD)]
+    listed = [ErrorRow("k", key, key, i, key) for i, key in enumerate(AWKWARD)]
     for _ in range(2):
-        again = FaultList(tmp_path / "f.csv", 1000, 1.0)
+        again = ErrorList(tmp_path / "f.csv", 1000, 1.0)
         again.add(listed)
         again.add(listed)
     names = [["k", key, key, str(i), key] for i, key in enumerate(AWKWARD)]
@@ -72,40 +72,40 @@ def test_awkward_names_come_back(tmp_path: Path):
 
 def test_each_sample_once(tmp_path: Path):
     """Whatever its position in a later epoch, and however often it comes in a batch."""
-    one = FaultList(tmp_path / "f.csv", 1000, 1.0)
-    one.add([*faults(0, 2), *faults(0, 2)])
-    one.add([fault._replace(position=99) for fault in faults(0, 3)])
+    one = ErrorList(tmp_path / "f.csv", 1000, 1.0)
+    one.add([*errors(0, 2), *errors(0, 2)])
+    one.add([error._replace(position=99) for error in errors(0, 3)])
     assert [row[2] for row in rows(tmp_path / "f.csv")] == ["key", "0", "1", "2"]
-    # Another kind, or another shard, is another fault.
-    one.add([faults(0, 1)[0]._replace(kind="other"), faults(0, 1)[0]._replace(shard="b.tar")])
+    # Another kind, or another shard, is another error.
+    one.add([errors(0, 1)[0]._replace(kind="other"), errors(0, 1)[0]._replace(shard="b.tar")])
     assert len(rows(tmp_path / "f.csv")) == 6
 
 
 def test_a_resumed_run_goes_on_with_the_list(tmp_path: Path):
-    FaultList(tmp_path / "f.csv", 1000, 1.0).add(faults(0, 5))
-    resumed = FaultList(tmp_path / "f.csv", 100, 0.0)
-    resumed.add(faults(3, 10))
+    ErrorList(tmp_path / "f.csv", 1000, 1.0).add(errors(0, 5))
+    resumed = ErrorList(tmp_path / "f.csv", 100, 0.0)
+    resumed.add(errors(3, 10))
     assert [row[2] for row in rows(tmp_path / "f.csv")][1:] == [str(i) for i in range(10)]
-    with pytest.raises(ShardError, match="11 faults"):
-        resumed.add(faults(10, 11))
+    with pytest.raises(ShardError, match="11 errors"):
+        resumed.add(errors(10, 11))
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from maepretrain.data.errors import Fault, FaultList
+from maepretrain.data.errors import ErrorRow, ErrorList
 
 path, name = Path(sys.argv[1]), sys.argv[2]
-mine = FaultList(path, 10**6, 1.0)
+mine = ErrorList(path, 10**6, 1.0)
 print("ready", flush=True)
 sys.stdin.readline()
 for i in range(300):
-    mine.add([Fault("k", "both.tar", f"{i}"), Fault("k", f"{name}.tar", f"{i},\\n")])
+    mine.add([ErrorRow("k", "both.tar", f"{i}"), ErrorRow("k", f"{name}.tar", f"{i},\\n")])
 """
 
 
 def test_processes_write_one_list_at_a_time(tmp_path: Path):
-    """Every fault once, also those that both met, in rows that are whole, under one head."""
+    """Every error once, also those that both met, in rows that are whole, under one head."""
     path = tmp_path / "f.csv"
     writers = [
         subprocess.Popen(
@@ -127,7 +127,7 @@ def test_processes_write_one_list_at_a_time(tmp_path: Path):
         writer.communicate(timeout=60)
         assert writer.returncode == 0
     head, *listed = rows(path)
-    assert head == list(Fault._fields)
+    assert head == list(ErrorRow._fields)
     truth = [("both.tar", f"{i}") for i in range(300)]
     truth += [(f"{name}.tar", f"{i},\n") for name in ("x", "y") for i in range(300)]
     assert sorted((row[1], row[2]) for row in listed) == sorted(truth)
@@ -138,52 +138,52 @@ def test_processes_write_one_list_at_a_time(tmp_path: Path):
     ("samples", "share", "most"),
     [(100, 0.0, 10), (100, 0.1, 10), (100, 0.2, 20), (1_281_167, 0.001, 1281), (5, 1.0, 10)],
 )
-def test_the_run_stops_above_its_share_of_faults(
+def test_the_run_stops_above_its_share_of_errors(
     tmp_path: Path, samples: int, share: float, most: int
 ):
-    assert borne(samples, share) == most
-    listed = FaultList(tmp_path / "f.csv", samples, share)
-    listed.add(faults(0, most - 1))
-    listed.add(faults(most - 1, most))
-    listed.add(faults(0, most))
+    assert tolerated(samples, share) == most
+    listed = ErrorList(tmp_path / "f.csv", samples, share)
+    listed.add(errors(0, most - 1))
+    listed.add(errors(most - 1, most))
+    listed.add(errors(0, most))
     with pytest.raises(ShardError) as caught:
-        listed.add(faults(most, most + 1))
+        listed.add(errors(most, most + 1))
     said = str(caught.value)
-    assert said.startswith(f"{most + 1} faults in {samples:,} samples, more than the {most} that")
+    assert said.startswith(f"{most + 1} errors in {samples:,} samples, more than the {most} that")
     assert f"{tmp_path}/f.csv lists them" in said and f"a.tar, {most} at position {most}" in said
     assert len(rows(tmp_path / "f.csv")) == most + 2  # the last one is listed too
 
 
-def test_the_faults_of_other_processes_count(tmp_path: Path):
-    one, two = (FaultList(tmp_path / "f.csv", 100, 0.0) for _ in range(2))
-    one.add(faults(0, 6))
-    two.add(faults(6, 10))
-    with pytest.raises(ShardError, match="11 faults"):
-        one.add(faults(10, 11))
+def test_the_errors_of_other_processes_count(tmp_path: Path):
+    one, two = (ErrorList(tmp_path / "f.csv", 100, 0.0) for _ in range(2))
+    one.add(errors(0, 6))
+    two.add(errors(6, 10))
+    with pytest.raises(ShardError, match="11 errors"):
+        one.add(errors(10, 11))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_out_of_range_is_refused(tmp_path: Path, share: float):
     with pytest.raises(ValueError, match="must be a share of the samples, 0 to 1"):
-        FaultList(tmp_path / "f.csv", 100, share)
+        ErrorList(tmp_path / "f.csv", 100, share)
 
 
 def test_few_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    listed = FaultList(tmp_path / "f.csv", 10_000, 1.0)
+    listed = ErrorList(tmp_path / "f.csv", 10_000, 1.0)
     for first in range(0, 70, 7):
-        listed.add(faults(first, first + 7))
+        listed.add(errors(first, first + 7))
     assert PRINTED == 20
     assert capsys.readouterr().err.splitlines() == [
         f"unreadable input: a.tar, {i} at position {i}, replaced by {i + 1}" for i in range(20)
     ]
 
 
-def test_a_fault_is_one_printable_line():
-    assert str(Fault("k", "a.tar", "x")) == "k: a.tar, x"
-    assert str(Fault("k", "a.tar", "x", 0, "y")) == "k: a.tar, x at position 0, replaced by y"
+def test_an_error_is_one_printable_line():
+    assert str(ErrorRow("k", "a.tar", "x")) == "k: a.tar, x"
+    assert str(ErrorRow("k", "a.tar", "x", 0, "y")) == "k: a.tar, x at position 0, replaced by y"
     name = b"caf\xe9 \xc3\xa9\n\t".decode(errors="surrogateescape")
     assert printable(name) == "caf\\udce9 é\\n\\t"
-    assert str(Fault("k", "a.tar", name)).isprintable()
+    assert str(ErrorRow("k", "a.tar", name)).isprintable()
 
 
 def test_csv_without_a_list():
@@ -193,5 +193,5 @@ def test_csv_without_a_list():
 def test_numbers_of_kinds_stay():
     """A batch carries them; 0 is none."""
     assert KINDS[0] == "" and len(set(KINDS)) == len(KINDS) == 8
-    assert ALWAYS_BORNE == 10
+    assert ALWAYS_TOLERATED == 10
     assert "maepretrain shards check" in too_many(11, 100, 10)

@@ -91,11 +91,11 @@ def batches(pattern: str, accumulation: int = 1, ranks: int = 1) -> Iterator[dic
             std=(1.0,),
             seed=SEED,
             num_workers=0,
-            max_faults=1.0,
+            max_errors=1.0,
         )
         data.plan(STEPS, ranks, accumulation)
         readers.append(data.train_dataloader())
-        cast(Any, data.stream).rank = rank
+        cast(Any, data.sampler).rank = rank
     for parts in zip(*readers, strict=True):
         yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -270,7 +270,7 @@ def test_the_first_one_is_said(
 def test_a_listed_sample_is_the_one_that_was_read(tmp_path: Path, pretrain: Run) -> None:
     """The data layer refuses NaN and reads the next sample of the shard instead, which is huge."""
     pattern = write_signals(tmp_path / "shards", {16: math.nan, 17: HUGE})
-    more = ["--data.max_faults", 1]
+    more = ["--data.max_errors", 1]
     assert pretrain(tmp_path / "run", pattern, *more) == 0
     found = [row["key"] for row in rows(tmp_path / "run")]
     assert "s16" not in found and found.count("s17") == 2
@@ -316,7 +316,7 @@ def test_too_many_in_a_row_end_the_run_and_mended_shards_go_on(
     assert [int(row["step"]) for row in rows(run)] == sorted([2, 3, 4] * BATCH)
     stopped = tmp_path / "stopped"
     shutil.copytree(run, stopped)
-    # More of them are borne: the file goes on.
+    # More of them are tolerated: the file goes on.
     assert pretrain(run, pattern, "--resume", "--nonfinite", 5) == 0
     listed = [int(row["step"]) for row in rows(run)]
     assert listed == sorted([2, 3, 4] * BATCH) + sorted([2, 3, 4, 5] * BATCH)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from maepretrain.data.order import EpochOrder, Mixture, Order
-from maepretrain.data.sampler import Stream
+from maepretrain.data.sampler import RunSampler
 from maepretrain.randomness import key, permutation
 
 UNEVEN = [7, 0, 1, 30, 12, 0, 0, 25, 3, 19]
@@ -25,12 +25,12 @@ def epoch_by_definition(
     global_batch: int,
     epoch: int,
     seed: int,
-    lanes: int,
+    streams: int,
     block: int,
     tail: str,
     staggered: bool = True,
 ) -> list[list[tuple[int, int]]]:
-    """The (shard, member) of every step of an epoch, from lists alone."""
+    """The (shard, sample) of every step of an epoch, from lists alone."""
     shards = permutation(seed, "shards", len(counts), epoch).tolist()
     sequence = [(s, m) for s in shards for m in range(counts[s])]
     begin = key(seed, "begin", epoch) % len(sequence)
@@ -42,60 +42,64 @@ def epoch_by_definition(
         sequence += sequence
     length = len(sequence) if tail == "carry" else steps * global_batch
     shuffled = []
-    for lane in range(lanes):
-        ids = sequence[lane * length // lanes : (lane + 1) * length // lanes]
-        # The first block of a lane is shorter by the lane's share of a block.
-        first = block - lane * block // lanes * staggered
+    for stream in range(streams):
+        ids = sequence[stream * length // streams : (stream + 1) * length // streams]
+        # The first block of a stream is shorter by the stream's share of a block.
+        first = block - stream * block // streams * staggered
         blocks = [ids[:first], *(ids[i : i + block] for i in range(first, len(ids), block))]
         shuffled.append(
             [
                 ids_of_block[k]
                 for b, ids_of_block in enumerate(blocks)
-                for k in permutation(seed, "block", len(ids_of_block), epoch, lane, b).tolist()
+                for k in permutation(seed, "block", len(ids_of_block), epoch, stream, b).tolist()
             ]
         )
-    share = global_batch // lanes
+    share = global_batch // streams
     batches = [
-        [place for lane in shuffled for place in lane[step * share : (step + 1) * share]]
+        [place for stream in shuffled for place in stream[step * share : (step + 1) * share]]
         for step in range(steps)
     ]
     if tail == "carry":
-        batches.append([place for lane in shuffled for place in lane[steps * share :]])
+        batches.append([place for stream in shuffled for place in stream[steps * share :]])
     return batches
 
 
 def located(order: Order, positions: range) -> list[tuple[int, int]]:
-    shard, member = order.locate(torch.arange(positions.start, positions.stop))
-    return list(zip(shard.tolist(), member.tolist(), strict=True))
+    shard, sample = order.locate(torch.arange(positions.start, positions.stop))
+    return list(zip(shard.tolist(), sample.tolist(), strict=True))
 
 
 CASES: dict[str, dict[str, Any]] = {
     "defaults": {"global_batch": 8},
-    "one lane": {"global_batch": 8, "lanes": 1},
-    "a lane for each sample": {"global_batch": 8, "lanes": 8},
-    "three lanes": {"global_batch": 12, "lanes": 3, "block": 5},
-    "blocks of one": {"global_batch": 8, "lanes": 4, "block": 1},
-    "blocks of two": {"global_batch": 6, "lanes": 2, "block": 2},
-    "block equal to the lane": {"global_batch": 16, "lanes": 2, "block": 48},
-    "padded": {"global_batch": 16, "lanes": 4, "block": 7, "tail": "pad"},
+    "one stream": {"global_batch": 8, "streams": 1},
+    "a stream for each sample": {"global_batch": 8, "streams": 8},
+    "three streams": {"global_batch": 12, "streams": 3, "block": 5},
+    "blocks of one": {"global_batch": 8, "streams": 4, "block": 1},
+    "blocks of two": {"global_batch": 6, "streams": 2, "block": 2},
+    "block equal to the stream": {"global_batch": 16, "streams": 2, "block": 48},
+    "padded": {"global_batch": 16, "streams": 4, "block": 7, "tail": "pad"},
     "padded, whole epoch": {"global_batch": 97, "tail": "pad"},
     "padded, batch larger than the set": {"global_batch": 256, "tail": "pad"},
     "batch equal to the set": {"global_batch": 97},
     "prime batch": {"global_batch": 13, "block": 4},
     "batch of one": {"global_batch": 1, "block": 10},
     "another seed": {"global_batch": 8, "seed": 12345},
-    "carried": {"global_batch": 12, "lanes": 4, "block": 5, "tail": "carry"},
+    "carried": {"global_batch": 12, "streams": 4, "block": 5, "tail": "carry"},
     "carried, prime": {"global_batch": 13, "block": 4, "tail": "carry"},
     "carried, nothing left": {"global_batch": 97, "tail": "carry"},
-    "carried, batch larger than the set": {"global_batch": 256, "lanes": 128, "tail": "carry"},
-    "carried, one left for each lane but one": {"global_batch": 14, "lanes": 14, "tail": "carry"},
+    "carried, batch larger than the set": {"global_batch": 256, "streams": 128, "tail": "carry"},
+    "carried, one left for each stream but one": {
+        "global_batch": 14,
+        "streams": 14,
+        "tail": "carry",
+    },
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_order_follows_its_definition(case: dict[str, Any]):
     order = EpochOrder(torch.tensor(UNEVEN), **case)
-    settings = {"seed": 0, "block": 8192, "tail": "drop", "lanes": order.lanes} | case
+    settings = {"seed": 0, "block": 8192, "tail": "drop", "streams": order.streams} | case
     for epoch in range(3):
         truth = epoch_by_definition(UNEVEN, epoch=epoch, **settings)
         carried = settings["tail"] == "carry"
@@ -107,9 +111,9 @@ def test_order_follows_its_definition(case: dict[str, Any]):
             assert sorted(ours) == UNEVEN_SAMPLES
 
 
-@pytest.mark.parametrize(("batch", "lanes"), [(1, 1), (6, 2), (96, 16), (100, 4), (256, 16)])
-def test_default_lanes(batch: int, lanes: int):
-    assert EpochOrder(torch.tensor([1000]), batch).lanes == lanes
+@pytest.mark.parametrize(("batch", "streams"), [(1, 1), (6, 2), (96, 16), (100, 4), (256, 16)])
+def test_default_streams(batch: int, streams: int):
+    assert EpochOrder(torch.tensor([1000]), batch).streams == streams
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -136,7 +140,7 @@ def test_pad_repeats_as_few_samples_as_fill_the_batch():
 
 
 def test_epochs_and_seeds_differ():
-    orders = [EpochOrder(torch.tensor(UNEVEN), 97, seed, lanes=1) for seed in (0, 1)]
+    orders = [EpochOrder(torch.tensor(UNEVEN), 97, seed, streams=1) for seed in (0, 1)]
     sequences = [located(o, range(e * 97, (e + 1) * 97)) for o in orders for e in range(3)]
     assert len({tuple(sequence) for sequence in sequences}) == 6
     assert len({tuple(sorted(sequence)) for sequence in sequences}) == 1
@@ -144,18 +148,18 @@ def test_epochs_and_seeds_differ():
 
 def test_positions_may_come_in_any_order_and_split():
     """A worker asks for any micro-batch of any epoch; the answer is that of the whole stream."""
-    order = EpochOrder(torch.tensor(UNEVEN), 8, lanes=4, block=5)
+    order = EpochOrder(torch.tensor(UNEVEN), 8, streams=4, block=5)
     whole = located(order, range(96 * 4))
     positions = torch.randperm(96 * 4, generator=torch.Generator().manual_seed(0))
     for part in positions.split(37):
-        shard, member = EpochOrder(torch.tensor(UNEVEN), 8, lanes=4, block=5).locate(part)
+        shard, sample = EpochOrder(torch.tensor(UNEVEN), 8, streams=4, block=5).locate(part)
         truth = [whole[p] for p in part.tolist()]
-        assert list(zip(shard.tolist(), member.tolist(), strict=True)) == truth
+        assert list(zip(shard.tolist(), sample.tolist(), strict=True)) == truth
 
 
 def test_a_block_keeps_to_few_shards():
-    """What blocks are for: the shards that one lane reads at a time."""
-    order = EpochOrder(torch.full((100,), 50), 10, lanes=1, block=100)
+    """What blocks are for: the shards that one stream reads at a time."""
+    order = EpochOrder(torch.full((100,), 50), 10, streams=1, block=100)
     for first in range(0, 5000, 100):
         assert len({s for s, _ in located(order, range(first, first + 100))}) <= 3
 
@@ -170,17 +174,17 @@ def new_shards(steps: list[list[tuple[int, int]]]) -> list[int]:
     return wanted
 
 
-@pytest.mark.parametrize("lanes", [4, 8, 16])
-def test_lanes_begin_their_blocks_one_after_the_other(lanes: int):
+@pytest.mark.parametrize("streams", [4, 8, 16])
+def test_streams_begin_their_blocks_one_after_the_other(streams: int):
     """Else all of them want new shards in one step, and every rank waits until they are there."""
     counts, batch, block = [64] * 256, 64, 256
-    order = EpochOrder(torch.tensor(counts), batch, lanes=lanes, block=block)
+    order = EpochOrder(torch.tensor(counts), batch, streams=streams, block=block)
     ours = [located(order, range(p, p + batch)) for p in range(0, len(counts) * 64, batch)]
-    together = epoch_by_definition(counts, batch, 0, 0, lanes, block, "drop", staggered=False)
-    # A block touches five shards, and one lane begins one every fourth step; together, all lanes
-    # begin theirs in one step. At the start all shards are new.
+    together = epoch_by_definition(counts, batch, 0, 0, streams, block, "drop", staggered=False)
+    # A block touches five shards, and one stream begins one every fourth step; together, all
+    # streams begin theirs in one step. At the start all shards are new.
     most, at_once = (max(new_shards(steps)[20:]) for steps in (ours, together))
-    assert most <= 5 and at_once >= 2 * lanes
+    assert most <= 5 and at_once >= 2 * streams
 
 
 def test_describes_what_an_epoch_leaves_out_or_repeats():
@@ -213,19 +217,19 @@ def test_huge_data_sets_are_located_lazily():
     order = EpochOrder(torch.full((200_000,), 10_000), 4096)
     with LargestTensor() as largest:
         for step in (0, 1, 250_000, 10**9):
-            shard, member = order.locate(torch.arange(step * 4096, step * 4096 + 4096))
+            shard, sample = order.locate(torch.arange(step * 4096, step * 4096 + 4096))
             assert 0 <= shard.min() <= shard.max() < 200_000
-            assert 0 <= member.min() <= member.max() < 10_000
+            assert 0 <= sample.min() <= sample.max() < 10_000
     assert largest.numel == 200_000
-    assert order._block.cache_info().currsize <= 2 * order.lanes
+    assert order._block.cache_info().currsize <= 2 * order.streams
 
 
 @pytest.mark.parametrize(
     ("counts", "settings", "message"),
     [
         ([10], {"global_batch": 11}, "batch 11 is larger than the 10 samples"),
-        ([10], {"global_batch": 8, "lanes": 3}, "8 is not divisible by 3 lanes"),
-        ([10], {"global_batch": 8, "lanes": 0}, "8 is not divisible by 0 lanes"),
+        ([10], {"global_batch": 8, "streams": 3}, "8 is not divisible by 3 streams"),
+        ([10], {"global_batch": 8, "streams": 0}, "8 is not divisible by 0 streams"),
         ([0, 0], {"global_batch": 1}, "hold no samples"),
         ([], {"global_batch": 1}, "hold no samples"),
         ([10], {"global_batch": 0}, "batch 0 and block 8192 must be at least 1"),
@@ -240,10 +244,10 @@ def test_refuses(counts: list[int], settings: dict[str, Any], message: str):
 # Mixtures.
 
 
-def source_order(counts: list[int], draws: int, seed: int, lanes: int, block: int, n: int):
+def source_order(counts: list[int], draws: int, seed: int, streams: int, block: int, n: int):
     """The first n draws of a source, epoch after epoch, each cut where it ends."""
-    many = gcd(draws, lanes)
-    batch, many = (draws, many) if 2 * many >= lanes else (lanes, lanes)
+    many = gcd(draws, streams)
+    batch, many = (draws, many) if 2 * many >= streams else (streams, streams)
     drawn: list[tuple[int, int]] = []
     for epoch in count():
         if len(drawn) >= n:
@@ -269,17 +273,17 @@ def mixture(case: Sources, **more: Any) -> Mixture:
 
 
 @pytest.mark.parametrize("case", SOURCES.values(), ids=SOURCES.keys())
-@pytest.mark.parametrize("more", [{}, {"seed": 5, "lanes": 4, "block": 7}], ids=["", "settings"])
+@pytest.mark.parametrize("more", [{}, {"seed": 5, "streams": 4, "block": 7}], ids=["", "settings"])
 def test_a_mixture_follows_its_definition(case: Sources, more: dict[str, Any]):
     """Every batch holds as many of each source as its weight says, spread over the batch, and the
     draws of a source walk its own epochs: each sample once in each."""
     sources, _, draws = case
     order, steps = mixture(case, **more), 20
     assert order.draws == draws
-    seed, lanes, block = more.get("seed", 0), more.get("lanes", 16), more.get("block", 8192)
+    seed, streams, block = more.get("seed", 0), more.get("streams", 16), more.get("block", 8192)
     first = [sum(len(counts) for counts in sources[:s]) for s in range(len(sources))]
     expected = [
-        source_order(counts, draws[s], key(seed, "source", s), lanes, block, steps * draws[s])
+        source_order(counts, draws[s], key(seed, "source", s), streams, block, steps * draws[s])
         for s, counts in enumerate(sources)
     ]
     in_batch = sorted(((n + 0.5) / d, s, n) for s, d in enumerate(draws) for n in range(d))
@@ -315,7 +319,7 @@ def test_mixtures_are_read_alike_by_every_number_of_processes():
     whole = located(order, range(64 * 20))
     for world_size in (1, 2, 8):
         read = []
-        streams = [iter(Stream(64, 20, world_size, rank, 1)) for rank in range(world_size)]
+        streams = [iter(RunSampler(64, 20, world_size, rank, 1)) for rank in range(world_size)]
         for parts in zip(*streams, strict=True):
             read += [place for p in parts for place in located(order, range(p[0], p[-1] + 1))]
         assert read == whole
@@ -327,9 +331,9 @@ def test_mixtures_pickle_and_answer_in_any_order():
     again = pickle.loads(pickle.dumps(order))
     positions = torch.randperm(64 * 20, generator=torch.Generator().manual_seed(0))
     for part in positions.split(101):
-        shard, member = again.locate(part)
+        shard, sample = again.locate(part)
         truth = [whole[p] for p in part.tolist()]
-        assert list(zip(shard.tolist(), member.tolist(), strict=True)) == truth
+        assert list(zip(shard.tolist(), sample.tolist(), strict=True)) == truth
 
 
 def test_sources_and_seeds_have_their_own_order():
@@ -352,7 +356,7 @@ def test_sources_and_seeds_have_their_own_order():
         ([[100], [0]], [1.0, 1.0], {}, "hold no samples"),
         ([[100], [10]], [1.0, 1.0], {"samples_per_epoch": 63}, "of 63 draws holds no batch of 64"),
         ([[100], [10]], [1.0, 1.0], {"samples_per_epoch": 0}, "of 0 draws holds no batch"),
-        ([[100], [10]], [1.0, 1.0], {"lanes": 0}, "lanes 0 must be at least 1"),
+        ([[100], [10]], [1.0, 1.0], {"streams": 0}, "streams 0 must be at least 1"),
         ([[100], [10]], [1.0, 1.0], {"block": 0}, "block 0 must be at least 1"),
     ],
 )

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from maepretrain.data.errors import FaultList, ShardError
+from maepretrain.data.errors import ErrorList, ShardError
 from maepretrain.data.images import Augment
-from maepretrain.data.sampler import Stream
+from maepretrain.data.sampler import RunSampler
 from maepretrain.data.samples import Pixels
 from maepretrain.data.shards.write import Arrays, write_shards
-from maepretrain.data.unindexed import PlainOrder, PlainStream, plain_sources
+from maepretrain.data.unindexed import UnindexedBatches, UnindexedOrder, unindexed_sources
 
 N, SIDE = 40, 8
 # Each image is one level of gray, so that it can be told from its pixels.
@@ -33,25 +33,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def reading(
     patterns: str | list[str],
-    faults: Path,
-    stream: Stream,
+    errors: Path,
+    sampler: RunSampler,
     seed: int = 0,
     crops: int = 1,
     augment: Augment = WHOLE,
     pipe: bool = False,
-) -> PlainStream:
-    urls, listing = plain_sources(patterns, pipe), FaultList(faults / "faults.csv", N, 0.0)
-    return PlainStream(urls, stream, Pixels(1, augment), seed, crops, listing)
+) -> UnindexedBatches:
+    urls, listing = unindexed_sources(patterns, pipe), ErrorList(errors / "errors.csv", N, 0.0)
+    return UnindexedBatches(urls, sampler, Pixels(1, augment), seed, crops, listing)
 
 
-def numbers(stream: PlainStream, workers: int = 0) -> list[int]:
+def numbers(sampler: UnindexedBatches, workers: int = 0) -> list[int]:
     """The images' numbers by their pixels, which the labels must agree with."""
     read = []
-    for batch in DataLoader(stream, batch_size=None, num_workers=workers):
+    for batch in DataLoader(sampler, batch_size=None, num_workers=workers):
         assert batch["input"].dtype == torch.uint8
         assert torch.equal(batch["input"].amax((1, 2, 3)), batch["input"].amin((1, 2, 3)))
         assert (batch["input"][:, 0, 0, 0] // 6).tolist() == batch["label"].tolist()
-        assert not batch["fault"].any()
+        assert not batch["error"].any()
         read += batch["label"].tolist()
     return read
 
@@ -63,25 +63,25 @@ def test_one_reader_of_a_shard_gives_each_sample_once_a_pass(
     """Two ranks share 4 shards out; both processes of a rank have equally many samples."""
     read = []
     for rank in range(2):
-        stream = Stream(10, 8, world_size=2, rank=rank, accumulation=1)
-        read += numbers(reading(f"{folder}/train-*.tar", tmp_path, stream), workers)
+        sampler = RunSampler(10, 8, world_size=2, rank=rank, accumulation=1)
+        read += numbers(reading(f"{folder}/train-*.tar", tmp_path, sampler), workers)
     assert Counter(read) == dict.fromkeys(range(N), 2)
 
 
 def test_fewer_shards_than_readers_are_read_by_all(folder: Path, tmp_path: Path):
-    stream = Stream(20, 4, world_size=1, rank=0, accumulation=1)
-    read = numbers(reading(f"{folder}/train-000000.tar", tmp_path, stream), workers=2)
+    sampler = RunSampler(20, 4, world_size=1, rank=0, accumulation=1)
+    read = numbers(reading(f"{folder}/train-000000.tar", tmp_path, sampler), workers=2)
     assert Counter(read) == dict.fromkeys(read, 8) and len(set(read)) == 10
 
 
 def test_positions_are_those_of_the_stream_and_seeds_shuffle(folder: Path, tmp_path: Path):
-    stream = Stream(20, 4, world_size=2, rank=1, accumulation=1)
-    stream.start = 20
-    plain = reading(f"{folder}/train-*.tar", tmp_path, stream)
+    sampler = RunSampler(20, 4, world_size=2, rank=1, accumulation=1)
+    sampler.start = 20
+    plain = reading(f"{folder}/train-*.tar", tmp_path, sampler)
     batches = list(DataLoader(plain, batch_size=None, num_workers=2))
-    assert [batch["position"].tolist() for batch in batches] == list(stream)
+    assert [batch["position"].tolist() for batch in batches] == list(sampler)
     orders = [
-        numbers(reading(f"{folder}/train-*.tar", tmp_path, stream, seed)) for seed in (0, 0, 1)
+        numbers(reading(f"{folder}/train-*.tar", tmp_path, sampler, seed)) for seed in (0, 0, 1)
     ]
     assert orders[0] == orders[1] != orders[2]
     assert orders[0] != sorted(orders[0])
@@ -89,28 +89,28 @@ def test_positions_are_those_of_the_stream_and_seeds_shuffle(folder: Path, tmp_p
 
 def test_several_crops_come_from_one_image(folder: Path, tmp_path: Path):
     """Gray levels tell the image; the numbers of the position tell the crop."""
-    stream = Stream(12, 2, world_size=1, rank=0, accumulation=1)
-    read = numbers(reading(f"{folder}/train-*.tar", tmp_path, stream, crops=3))
+    sampler = RunSampler(12, 2, world_size=1, rank=0, accumulation=1)
+    read = numbers(reading(f"{folder}/train-*.tar", tmp_path, sampler, crops=3))
     assert read[::3] == read[1::3] == read[2::3] and len(set(read[::3])) == 8
 
 
 def test_a_command_needs_a_switch_and_then_runs(folder: Path, tmp_path: Path):
     pattern = f"pipe:cat {folder}/train-00000{{0..3}}.tar"
     with pytest.raises(ShardError, match=r"runs a command in a shell: allow it by --data.allow_p"):
-        plain_sources(pattern, allow_pipe=False)
-    stream = Stream(40, 1, world_size=1, rank=0, accumulation=1)
-    read = numbers(reading(pattern, tmp_path, stream, pipe=True))
+        unindexed_sources(pattern, allow_pipe=False)
+    sampler = RunSampler(40, 1, world_size=1, rank=0, accumulation=1)
+    read = numbers(reading(pattern, tmp_path, sampler, pipe=True))
     assert sorted(read) == list(range(N))
 
 
 def test_an_address_is_never_given_to_a_shell(tmp_path: Path):
     """webdataset itself would call curl through one."""
-    stream = Stream(2, 1, world_size=1, rank=0, accumulation=1)
+    sampler = RunSampler(2, 1, world_size=1, rank=0, accumulation=1)
     url = f"http://127.0.0.1:9/$(touch {tmp_path}/ran)'; touch {tmp_path}/ran; '.tar"
     with pytest.raises(ShardError, match="no sample can be read from http"):
-        next(iter(reading(url, tmp_path, stream)))
+        next(iter(reading(url, tmp_path, sampler)))
     assert not (tmp_path / "ran").exists()
-    assert "damaged shard" in (tmp_path / "faults.csv").read_text()
+    assert "damaged shard" in (tmp_path / "errors.csv").read_text()
 
 
 def test_a_damaged_shard_is_listed_and_left(folder: Path, tmp_path: Path):
@@ -118,9 +118,9 @@ def test_a_damaged_shard_is_listed_and_left(folder: Path, tmp_path: Path):
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2 + 100])
     (tmp_path / "text.tar").write_bytes(b"no tar" * 500)
     shards = [f"{tmp_path}/cut.tar", f"{tmp_path}/text.tar", f"{folder}/train-000001.tar"]
-    stream = Stream(10, 6, world_size=1, rank=0, accumulation=1)
-    read = numbers(reading(shards, tmp_path, stream))
-    listed = (tmp_path / "faults.csv").read_text()
+    sampler = RunSampler(10, 6, world_size=1, rank=0, accumulation=1)
+    read = numbers(reading(shards, tmp_path, sampler))
+    listed = (tmp_path / "errors.csv").read_text()
     assert len(read) == 60 and set(Counter(read).values()) <= {3, 4, 5}
     assert listed.count("damaged shard") >= 2 and "cut.tar" in listed and "text.tar" in listed
 
@@ -134,9 +134,9 @@ def test_too_many_unreadable_images_end_it(tmp_path: Path):
             member = tarfile.TarInfo(f"{n}.jpg")
             member.size = 5
             tar.addfile(member, io.BytesIO(b"wrong"))
-    stream = Stream(2, 1, world_size=1, rank=0, accumulation=1)
-    with pytest.raises(ShardError, match="11 faults in 40 samples, more than the 10"):
-        next(iter(reading(f"{tmp_path}/a.tar", tmp_path, stream)))
+    sampler = RunSampler(2, 1, world_size=1, rank=0, accumulation=1)
+    with pytest.raises(ShardError, match="11 errors in 40 samples, more than the 10"):
+        next(iter(reading(f"{tmp_path}/a.tar", tmp_path, sampler)))
 
 
 def test_a_text_beside_an_image_is_its_caption(tmp_path: Path):
@@ -157,15 +157,15 @@ def test_a_text_beside_an_image_is_its_caption(tmp_path: Path):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    stream = Stream(2, 1, world_size=1, rank=0, accumulation=1)
-    assert numbers(reading(f"{tmp_path}/a.tar", tmp_path, stream)) == [1, 1]
+    sampler = RunSampler(2, 1, world_size=1, rank=0, accumulation=1)
+    assert numbers(reading(f"{tmp_path}/a.tar", tmp_path, sampler)) == [1, 1]
 
 
 def test_an_epoch_is_a_number_of_draws():
-    order = PlainOrder(16, 100)
+    order = UnindexedOrder(16, 100)
     assert order.steps_per_epoch == 6 and "exact resume is off" in order.describe()
     with pytest.raises(ValueError, match="samples_per_epoch 15 holds no batch of 16"):
-        PlainOrder(16, 15)
+        UnindexedOrder(16, 15)
 
 
 def test_pretraining_says_that_exact_resume_is_off(

@@ -349,7 +349,7 @@ def test_images_are_counted_by_the_index(shards: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("name", [name for name in shipped_configs() if name.startswith("ae/")])
 def test_every_model_has_a_plan(name: str) -> None:
-    plan = planned(["-c", name, *ONE, "--data.global_batch", "8", "--data.lanes", "1"])
+    plan = planned(["-c", name, *ONE, "--data.global_batch", "8", "--data.streams", "1"])
     ddp = plan["rows"]["ddp"]
     assert min(ddp[column] for column in ("parameters", "gradients", "activations")) > 0
     assert plan["flops"].training > plan["flops"].forward > 0

@@ -142,16 +142,16 @@ def test_shards_that_come_next_are_fetched_ahead(server: FaultServer, shards: Pa
 
 
 def test_lists_and_messages_hold_no_secrets(server: FaultServer, cache: ShardCache):
-    """A signed address in faults.csv would give the bucket to whoever reads the run folder."""
+    """A signed address in errors.csv would give the bucket to whoever reads the run folder."""
     signed = server.url(f"/{NAMES[0]}").replace("//", "//user:hidden@") + "?token=hidden"
     server.files[f"/{NAMES[0]}?token=hidden"] = server.files[f"/{NAMES[0]}"]
     assert shown(signed) == server.url(f"/{NAMES[0]}")
     assert shown("/data/a?b@c.tar") == "/data/a?b@c.tar"
     samples = samples_of(server.url(f"/{NAMES[0]}") + "?token=hidden", cache)
     batch = samples.__getitems__([0, 1])
-    batch["fault"][1, 0] = 1  # as if the second one had been replaced
-    (fault,) = samples.faults(batch)
-    assert fault.shard == server.url(f"/{NAMES[0]}") and "hidden" not in str(fault)
+    batch["error"][1, 0] = 1  # as if the second one had been replaced
+    (error,) = samples.pop_errors(batch)
+    assert error.shard == server.url(f"/{NAMES[0]}") and "hidden" not in str(error)
 
 
 def test_local_and_remote_shards_mix(server: FaultServer, shards: Path, cache: ShardCache):

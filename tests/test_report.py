@@ -284,16 +284,16 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
 
 def evil_run(folder: Path) -> Path:
     """Markup in every place that a user or a shard names."""
-    fault = ["unreadable input", f"{EVIL}.tar", f"{EVIL}\udcff", "7", EVIL]
+    error = ["unreadable input", f"{EVIL}.tar", f"{EVIL}\udcff", "7", EVIL]
     run = bare_run(
         folder / "<img src=x onerror=alert(1)>",
         config=f"model:\n  class_path: a.{EVIL}\ndata:\n  train: \"{EVIL}\"\nseed: '{EVIL[:30]}'\n",
         metrics=f"step,loss,{EVIL}\n0,1,2\n1,1,3\n",
     )
-    with (run / "faults.csv").open("w", errors="surrogateescape", newline="") as file:
+    with (run / "errors.csv").open("w", errors="surrogateescape", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["kind", "shard", "key", "position", "replaced_by"])
-        rows.writerows([fault] * 30)
+        rows.writerows([error] * 30)
     (run / "nonfinite.csv").write_text(f"step,rank,position,key,shard\n3,0,5,{EVIL},b.tar\n")
     start = {"at": 1.0, "step": 0, "after": None, "applied": {EVIL: EVIL}, "versions": {EVIL: EVIL}}
     start |= {"command": f"maepretrain pretrain {EVIL}", "host": EVIL}
@@ -309,7 +309,7 @@ def test_names_stay_text(tmp_path: Path) -> None:
     assert "script" not in shown.tags and all("onerror" not in image for image in shown.images)
     assert all(image["src"].startswith("data:") for image in shown.images)
     assert shown.text.count(EVIL) > 20
-    assert "30 faults: 30 unreadable input; the first 20 are shown." in shown.text
+    assert "30 errors: 30 unreadable input; the first 20 are shown." in shown.text
     assert "1 samples in 1 steps gave no finite loss" in shown.text
     assert "\\udcff" in shown.text
 

@@ -398,7 +398,7 @@ def places(folder: Path) -> dict[str, tuple[str, int, int]]:
     return found
 
 
-# Faults.
+# Errors.
 
 
 def spoil(shards: Path, to: Path, keys: Sequence[str]) -> Path:
@@ -432,7 +432,7 @@ def instead(shards: Path) -> dict[str, str]:
 
 
 def listed(run: Path) -> list[tuple[str, ...]]:
-    with (run / "faults.csv").open(newline="") as file:
+    with (run / "errors.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["kind", "shard", "key", "position", "replaced_by"]
     return sorted(tuple(row) for row in rows)
@@ -468,7 +468,7 @@ def test_spoiled_images_are_replaced_and_listed_once(
     assert listed(tmp_path / "cut") == rows
 
 
-def test_too_many_faults_stop_all_ranks(tmp_path: Path, shards: Path) -> None:
+def test_too_many_errors_stop_all_ranks(tmp_path: Path, shards: Path) -> None:
     """Lightning's own launcher, as a user starts it."""
     keys = [f"{n:08d}" for n in range(0, SAMPLES, 6)]
     folder = spoil(shards, tmp_path / "spoiled", keys)
@@ -490,7 +490,7 @@ def test_too_many_faults_stop_all_ranks(tmp_path: Path, shards: Path) -> None:
             kill_trees([process.pid])
     assert process.returncode not in (0, None)
     stops = [line for line in errors.splitlines() if line.startswith("maepretrain: error:")]
-    assert any("more than the 10 that are borne" in line for line in stops), errors
+    assert any("more than the 10 that are tolerated" in line for line in stops), errors
     assert "Traceback" not in errors
     assert len(listed(tmp_path / "run")) > 10
 

@@ -16,10 +16,10 @@ from maepretrain.data import samples as samples_module
 from maepretrain.data.batch import Batch
 from maepretrain.data.errors import (
     CORRUPT_INPUT,
+    CUT_OFF_INPUT,
     KINDS,
-    SHORT_MEMBER,
-    WRONG_LABEL_FAULT,
-    Fault,
+    WRONG_LABEL_ERROR,
+    ErrorRow,
     ShardError,
     Unreadable,
 )
@@ -68,12 +68,12 @@ def test_all_samples_with_their_labels(index: ShardIndex, numbers: list[int]):
 
 
 def test_a_number_is_a_place(index: ShardIndex):
-    shard, member = index.place(torch.arange(N))
+    shard, sample = index.locate(torch.arange(N))
     places = [(s, m) for s in range(8) for m in range(7 if s < 7 else 4)]
-    assert list(zip(shard.tolist(), member.tolist(), strict=True)) == places
+    assert list(zip(shard.tolist(), sample.tolist(), strict=True)) == places
     for outside in (-1, N, N + 7):
         with pytest.raises(IndexError):
-            index.place(torch.tensor([0, outside]))
+            index.locate(torch.tensor([0, outside]))
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,8 @@ def test_a_sample_is_its_image_cropped_by_its_position(index: ShardIndex, number
     assert samples.order is not None
     for position in (0, 5, 47, 48, 1000, 10**9):
         got = samples[position]
-        shard, member = samples.order.locate(torch.tensor([position]))
-        number = numbers[int(shard) * 7 + int(member)]
+        shard, sample = samples.order.locate(torch.tensor([position]))
+        number = numbers[int(shard) * 7 + int(sample)]
         assert keys_of(samples, [position]) == [f"{number:08d}"]
         assert int(got["label"]) == LABELS[number] and int(got["position"]) == position
         u = uniform(3, "crop", torch.tensor([position]), UNIFORMS)[0]
@@ -336,14 +336,14 @@ def test_windows_of_texts_are_bytes_of_the_member(tmp_path: Path):
     assert len(starts) > 10
 
 
-def test_a_text_that_is_empty_or_no_text_is_a_fault(tmp_path: Path):
+def test_a_text_that_is_empty_or_no_text_is_an_error(tmp_path: Path):
     files = {"a.txt": b"", "b.txt": b"some text", "c.txt": b"", "d.txt": b"more"}
     samples = Samples(opened(tmp_path / "a.tar", files), 1, SignalCrop(4))
     batch = samples.__getitems__([0, 1, 2, 3])
     windows = [bytes(row[0].tolist()) for row in batch["input"]]
     assert windows == [b"me t", b"me t", b"more", b"more"]
-    faults = samples.faults(batch)
-    assert [(f.kind, f.key, f.replaced_by) for f in faults] == [
+    errors = samples.pop_errors(batch)
+    assert [(f.kind, f.key, f.replaced_by) for f in errors] == [
         (CORRUPT_INPUT, "a", "b"),
         (CORRUPT_INPUT, "c", "d"),
     ]
@@ -355,7 +355,7 @@ def test_a_text_that_is_empty_or_no_text_is_a_fault(tmp_path: Path):
         coloured[1]
 
 
-def test_a_signal_that_is_too_short_or_an_image_is_a_fault(tmp_path: Path):
+def test_a_signal_that_is_too_short_or_an_image_is_an_error(tmp_path: Path):
     files = {
         "a.npy": npy(np.zeros((2, 15), dtype=np.float32)),
         "b.npy": npy(np.ones((2, 16), dtype=np.float32)),
@@ -365,8 +365,8 @@ def test_a_signal_that_is_too_short_or_an_image_is_a_fault(tmp_path: Path):
     samples = Samples(opened(tmp_path / "a.tar", files), 2, SignalCrop(16))
     batch = samples.__getitems__([0, 1, 2, 3])
     assert bool((batch["input"] == 1).all())
-    faults = samples.faults(batch)
-    assert [(f.kind, f.key, f.replaced_by) for f in faults] == [
+    errors = samples.pop_errors(batch)
+    assert [(f.kind, f.key, f.replaced_by) for f in errors] == [
         (CORRUPT_INPUT, key, "b") for key in "acd"
     ]
     for row in (0, 2, 3):
@@ -457,17 +457,17 @@ def test_what_cannot_be_read_is_replaced_and_nothing_else_moves(
         assert int(batch["label"][p]) == instead
         if number in wrong:
             replaced += 1
-            kind = WRONG_LABEL_FAULT if wrong[number] == "label" else CORRUPT_INPUT
+            kind = WRONG_LABEL_ERROR if wrong[number] == "label" else CORRUPT_INPUT
             shard = str(tmp_path / "damaged" / f"{number // MEMBERS}.tar")
-            expected.append(Fault(kind, shard, key, p, f"{instead:03d}"))
-            assert KINDS[int(batch["fault"][p, 0])] == kind
+            expected.append(ErrorRow(kind, shard, key, p, f"{instead:03d}"))
+            assert KINDS[int(batch["error"][p, 0])] == kind
             assert bool((batch["input"][p] == 10 * instead).all())
         else:
-            assert batch["fault"][p, 0] == 0
+            assert batch["error"][p, 0] == 0
             assert torch.equal(batch["input"][p], intact["input"][p])
     assert replaced >= crops
-    assert samples.faults(batch) == expected and "fault" not in batch
-    assert before.faults(intact) == []
+    assert samples.pop_errors(batch) == expected and "error" not in batch
+    assert before.pop_errors(intact) == []
 
 
 def test_the_stand_in_is_cropped_by_the_numbers_of_the_position(tmp_path: Path):
@@ -495,8 +495,8 @@ def test_a_member_that_the_shard_no_longer_holds_is_replaced(tmp_path: Path):
     samples = Samples(index, 3, CentreCrop(5, 5))
     batch = samples.__getitems__(list(range(24)))
     assert batch["label"].tolist() == [*range(14), 8, 8, *range(16, 24)]
-    assert samples.faults(batch) == [
-        Fault(SHORT_MEMBER, shard.url, f"{n:03d}", n, "008") for n in (14, 15)
+    assert samples.pop_errors(batch) == [
+        ErrorRow(CUT_OFF_INPUT, shard.url, f"{n:03d}", n, "008") for n in (14, 15)
     ]
 
 
@@ -521,7 +521,7 @@ def test_labels_that_are_none_and_wrong(tmp_path: Path):
     # Without labels a wrong one does no harm, and no model sees -2.
     samples = Samples(index, 3, CentreCrop(10, 10))
     batch = samples.__getitems__([0, 1, 2])
-    assert batch["label"].tolist() == [-1, -1, 4] and samples.faults(batch) == []
+    assert batch["label"].tolist() == [-1, -1, 4] and samples.pop_errors(batch) == []
     labelled = Samples(index, 3, CentreCrop(10, 10), labelled=True).__getitems__([0, 1, 2])
     assert labelled["label"].tolist() == [-1, 4, 4]
     with pytest.raises(ValueError, match="a probe needs a label for every sample; some have none"):
@@ -529,7 +529,7 @@ def test_labels_that_are_none_and_wrong(tmp_path: Path):
     assert index.choose(torch.tensor([1, 2])).require_labels("a probe").tolist() == [-2, 4]
 
 
-def test_shards_of_other_bytes_are_no_faults_of_samples(tmp_path: Path):
+def test_shards_of_other_bytes_are_no_errors_of_samples(tmp_path: Path):
     """The index is wrong for all of them: the run must not go on with what stands there now."""
     index = opened(tmp_path / "a.tar", {"a.jpg": jpg(1), "b.jpg": jpg(1)})
     write_tar(tmp_path / "a.tar", {"b.jpg": jpg(1), "a.jpg": jpg(1)})
@@ -564,6 +564,6 @@ def test_batches_hold_what_is_promised(index: ShardIndex):
         "input": (torch.uint8, (2, 3, 9, 8)),
         "position": (torch.int64, (2,)),
         "label": (torch.int64, (2,)),
-        "fault": (torch.int64, (2, 2)),
+        "error": (torch.int64, (2, 2)),
     }
     assert all(isinstance(value, Tensor) for value in samples[0].values())

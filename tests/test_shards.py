@@ -25,12 +25,12 @@ import pytest
 from servers import FaultServer
 
 from maepretrain.data.errors import (
+    CUT_OFF_INPUT,
     DAMAGED_SHARD,
     EMPTY_SHARD,
     MISSING_INPUT,
-    SECOND_MEMBER,
-    SHORT_MEMBER,
-    WRONG_LABEL_FAULT,
+    SECOND_FILE,
+    WRONG_LABEL_ERROR,
     ShardError,
     Unreadable,
 )
@@ -224,7 +224,7 @@ def test_what_is_passed_over_is_counted(tmp_path: Path):
     (shard,) = open_shards(str(tmp_path / "a.tar"))
     assert ours(tmp_path / "a.tar") == [("a", "jpg", image(1), -1), ("c", "jpg", image(2), -1)]
     assert (shard.samples, shard.further_inputs) == (2, 2)
-    assert shard.faults == {MISSING_INPUT: ["b"]}
+    assert shard.errors == {MISSING_INPUT: ["b"]}
     assert summary([shard]).startswith("2 samples in 1 shards (0.0 MB); 1 x sample without input")
     assert "; 2 further images of a sample" in summary([shard])
 
@@ -239,7 +239,7 @@ def test_links_hold_no_image(tmp_path: Path):
     command = ["tar", "--sort=name", "-cf", tmp_path / "a.tar", "-C", folder]
     subprocess.run([*command, "a.jpg", "b.jpg", "c.jpg"], check=True)
     (shard,) = open_shards(str(tmp_path / "a.tar"))
-    assert shard.samples == 1 and shard.faults == {MISSING_INPUT: ["b", "c"]}
+    assert shard.samples == 1 and shard.errors == {MISSING_INPUT: ["b", "c"]}
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_a_wrong_label_is_listed_and_its_sample_kept(tmp_path: Path, name: str, 
         ("c", "jpg", image(2), 4),
     ]
     (shard,) = open_shards(str(tmp_path / "s.tar"))
-    assert shard.faults == {WRONG_LABEL_FAULT: ["b"]}
+    assert shard.errors == {WRONG_LABEL_ERROR: ["b"]}
     assert "; 1 x wrong label" in summary([shard])
 
 
@@ -309,7 +309,7 @@ def test_the_second_member_of_one_name_is_listed_and_the_first_read(tmp_path: Pa
         ("a", "jpg", image(0)),
         ("b", "jpg", image(2)),
     ]
-    assert open_shards(str(tmp_path / "s.tar"))[0].faults == {SECOND_MEMBER: ["a.JPG"]}
+    assert open_shards(str(tmp_path / "s.tar"))[0].errors == {SECOND_FILE: ["a.JPG"]}
 
 
 def test_the_header_before_each_input_is_known_by_its_checksum(tmp_path: Path):
@@ -379,7 +379,7 @@ def test_a_member_that_says_a_wrong_size_is_named(tmp_path: Path, size: int):
     wrong = member.tobuf(tarfile.GNU_FORMAT) + image(0, 2000)
     (tmp_path / "s.tar").write_bytes(wrong)
     head, columns = scan(tmp_path / "s.tar")
-    said = ["it ends inside member folder/a.jpg"]
+    said = ["it ends inside folder/a.jpg"]
     assert head["faults"] == {DAMAGED_SHARD: said, EMPTY_SHARD: ["it holds no sample"]}
     # After whole samples these are used, but for the last one: more of it may have followed.
     by_python(tmp_path / "t.tar", {f"{name}.jpg": image(1) for name in "abc"})
@@ -419,8 +419,8 @@ def test_what_follows_the_end_of_a_tar_is_listed(tmp_path: Path, name: str):
     (tmp_path / "s.tar").write_bytes(not_a_tar(name))
     (shard,) = open_shards(str(tmp_path / "s.tar"))
     assert shard.samples == 1  # the last one may have lost members
-    assert list(shard.faults) == [DAMAGED_SHARD]
-    assert "and more follows" in shard.faults[DAMAGED_SHARD][0]
+    assert list(shard.errors) == [DAMAGED_SHARD]
+    assert "and more follows" in shard.errors[DAMAGED_SHARD][0]
 
 
 def test_flipped_header_bytes_are_never_silent(tmp_path: Path):
@@ -457,7 +457,7 @@ def test_sparse_members_are_not_read(tmp_path: Path):
     subprocess.run(command, check=True)
     (shard,) = open_shards(str(tmp_path / "s.tar"))
     assert shard.samples == 0
-    assert shard.faults[DAMAGED_SHARD] == ["member a.ppm has holes (tar --sparse)"]
+    assert shard.errors[DAMAGED_SHARD] == ["a.ppm has holes (tar --sparse)"]
 
 
 def test_texts_are_inputs_where_no_image_is(tmp_path: Path):
@@ -465,13 +465,13 @@ def test_texts_are_inputs_where_no_image_is(tmp_path: Path):
     by_python(tmp_path / "text.tar", {"a.txt": b"one", "a.cls": b"3", "b.md": b"x", "c.txt": b""})
     (shard,) = open_shards(str(tmp_path / "text.tar"))
     assert ours(tmp_path / "text.tar") == [("a", "txt", b"one", 3), ("c", "txt", b"", -1)]
-    assert shard.faults == {MISSING_INPUT: ["b"]}
+    assert shard.errors == {MISSING_INPUT: ["b"]}
     captioned = {"a.txt": b"one", "a.webp": image(1), "b.txt": b"lost", "c.png": image(2)}
     by_python(tmp_path / "captioned.tar", captioned)
     (shard,) = open_shards(str(tmp_path / "captioned.tar"))
     found = [("a", "webp", image(1), -1), ("c", "png", image(2), -1)]
     assert ours(tmp_path / "captioned.tar") == found
-    assert shard.faults == {MISSING_INPUT: ["b"]} and shard.further_inputs == 0
+    assert shard.errors == {MISSING_INPUT: ["b"]} and shard.further_inputs == 0
 
 
 def test_a_tar_without_samples_is_an_empty_shard(tmp_path: Path):
@@ -479,7 +479,7 @@ def test_a_tar_without_samples_is_an_empty_shard(tmp_path: Path):
     by_python(tmp_path / "text.tar", {"a.md": b"1"})
     (tmp_path / "zero.tar").touch()
     for shard in open_shards([f"{tmp_path}/{name}.tar" for name in ("empty", "text", "zero")]):
-        assert EMPTY_SHARD in shard.faults
+        assert EMPTY_SHARD in shard.errors
         for again in (shard, read_head(shard.path)):
             columns = again.columns()
             assert again.samples == len(columns.offset) == len(columns.keys) == 0
@@ -501,12 +501,12 @@ def test_the_index_says_what_the_scan_said(tmp_path: Path):
         np.testing.assert_array_equal(getattr(columns, name), getattr(scanned, name))
 
 
-def test_many_faults_make_a_long_head(tmp_path: Path):
+def test_many_errors_make_a_long_head(tmp_path: Path):
     """It is read in pieces."""
     by_python(tmp_path / "a.tar", {f"{'n' * 90}{i:03d}.md": b"" for i in range(200)})
     (made,) = open_shards(str(tmp_path / "a.tar"))
     (read,) = open_shards(str(tmp_path / "a.tar"))
-    assert made == read and len(read.faults[MISSING_INPUT]) == 200
+    assert made == read and len(read.errors[MISSING_INPUT]) == 200
 
 
 def test_an_index_is_made_once(tmp_path: Path):
@@ -846,7 +846,7 @@ def indexed(path: Path) -> tuple[Shard, Columns]:
     return shard, shard.columns()
 
 
-def test_a_shard_that_ends_early_is_a_fault_of_the_sample(tmp_path: Path):
+def test_a_shard_that_ends_early_is_an_error_of_the_sample(tmp_path: Path):
     by_python(tmp_path / "a.tar", {"a.jpg": image(0), "b.jpg": image(1)})
     shard, columns = indexed(tmp_path / "a.tar")
     os.truncate(tmp_path / "a.tar", int(columns.offset[1]) + 7)
@@ -854,7 +854,7 @@ def test_a_shard_that_ends_early_is_a_fault_of_the_sample(tmp_path: Path):
     assert store.read(shard, columns, 0) == image(0)
     with pytest.raises(Unreadable, match=r"it has 7 of 301 bytes") as caught:
         store.read(shard, columns, 1)
-    assert caught.value.kind == SHORT_MEMBER
+    assert caught.value.kind == CUT_OFF_INPUT
 
 
 @pytest.mark.parametrize("change", ["order", "name", "shift"])

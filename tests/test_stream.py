@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from maepretrain.data.images import Augment
 from maepretrain.data.order import EpochOrder
-from maepretrain.data.sampler import Numbered, Stream
+from maepretrain.data.sampler import EvaluationSampler, RunSampler
 from maepretrain.data.samples import Samples, ShardIndex
 from maepretrain.data.shards.index import open_shards
 from maepretrain.data.shards.write import Arrays, write_shards
@@ -44,10 +44,10 @@ def whole_run(
     steps: dict[int, list[tuple[str, bytes]]] = {}
     for rank in range(world_size):
         samples = samples_of(index)
-        stream = Stream(BATCH, 6, world_size, rank, accumulation)
-        stream.start = start
-        for i, positions in enumerate(stream):
-            assert len(positions) == stream.micro_batch == BATCH // world_size // accumulation
+        sampler = RunSampler(BATCH, 6, world_size, rank, accumulation)
+        sampler.start = start
+        for i, positions in enumerate(sampler):
+            assert len(positions) == sampler.micro_batch == BATCH // world_size // accumulation
             pixels = [image.numpy().tobytes() for image in samples.__getitems__(positions)["input"]]
             step = steps.setdefault(start // BATCH + i // accumulation, [])
             step += zip(keys_of(samples, positions), pixels, strict=True)
@@ -85,9 +85,9 @@ def test_a_resumed_stream_is_the_rest(
     rest = whole_run(index, world_size, accumulation, start=done * BATCH)
     assert rest == {step: rows for step, rows in truth.items() if step >= done}
     # Lightning compares the length with the batches of the whole run.
-    stream = Stream(BATCH, 6, world_size, 0, accumulation)
-    stream.start = done * BATCH
-    assert len(stream) == 6 * accumulation
+    sampler = RunSampler(BATCH, 6, world_size, 0, accumulation)
+    sampler.start = done * BATCH
+    assert len(sampler) == 6 * accumulation
 
 
 def test_an_epoch_of_the_stream_holds_every_sample_but_the_tail(truth: dict[int, Any]):
@@ -100,48 +100,48 @@ def test_an_epoch_of_the_stream_holds_every_sample_but_the_tail(truth: dict[int,
 def test_positions_of_a_step_are_cut_by_rank_and_then_by_micro_batch(
     world_size: int, accumulation: int
 ):
-    streams = [Stream(BATCH, 5, world_size, rank, accumulation) for rank in range(world_size)]
-    batches = [list(stream) for stream in streams]
+    samplers = [RunSampler(BATCH, 5, world_size, rank, accumulation) for rank in range(world_size)]
+    batches = [list(sampler) for sampler in samplers]
     for step in range(5):
         read = []
-        for stream, of_rank in zip(streams, batches, strict=True):
+        for sampler, of_rank in zip(samplers, batches, strict=True):
             mine = [p for b in of_rank[step * accumulation : (step + 1) * accumulation] for p in b]
-            assert mine == list(stream.positions(step))
+            assert mine == list(sampler.positions(step))
             read += mine
         assert read == list(range(step * BATCH, (step + 1) * BATCH))
 
 
-def steps_announced(stream: Stream) -> list[tuple[int, int]]:
+def steps_announced(sampler: RunSampler) -> list[tuple[int, int]]:
     """(step, batches given out before it) of every announcement."""
     said: list[tuple[int, int]] = []
     given = 0
     announce: Callable[[int], None] = lambda step: said.append((step, given))  # noqa: E731
-    stream.announce = announce
-    for _ in stream:
+    sampler.announce = announce
+    for _ in sampler:
         given += 1
     return said
 
 
 def test_each_step_is_announced_before_its_first_batch():
-    stream = Stream(BATCH, 4, 2, 1, 3)
-    assert steps_announced(stream) == [(0, 0), (1, 3), (2, 6), (3, 9)]
-    stream.start = 2 * BATCH
-    assert steps_announced(stream) == [(2, 0), (3, 3)]
+    sampler = RunSampler(BATCH, 4, 2, 1, 3)
+    assert steps_announced(sampler) == [(0, 0), (1, 3), (2, 6), (3, 9)]
+    sampler.start = 2 * BATCH
+    assert steps_announced(sampler) == [(2, 0), (3, 3)]
 
 
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="batch 12 is not divisible by 5 processes x 1"):
-        Stream(12, 1, 5, 0, 1)
+        RunSampler(12, 1, 5, 0, 1)
     with pytest.raises(ValueError, match="batch 12 is not divisible by 4 processes x 2"):
-        Stream(12, 1, 4, 0, 2)
+        RunSampler(12, 1, 4, 0, 2)
 
 
 def test_a_loader_with_processes_gives_the_same_batches(index: ShardIndex):
-    stream = Stream(BATCH, 3, 1, 0, 1)
+    sampler = RunSampler(BATCH, 3, 1, 0, 1)
     loader = DataLoader(
-        samples_of(index), batch_sampler=stream, num_workers=2, collate_fn=lambda batch: batch
+        samples_of(index), batch_sampler=sampler, num_workers=2, collate_fn=lambda batch: batch
     )
-    for batch, positions in zip(loader, stream, strict=True):
+    for batch, positions in zip(loader, sampler, strict=True):
         truth = samples_of(index).__getitems__(positions)
         assert all(torch.equal(batch[name], truth[name]) for name in truth)
 
@@ -155,11 +155,13 @@ def test_a_loader_with_processes_gives_the_same_batches(index: ShardIndex):
 def test_validation_reads_each_sample_once_in_equal_batches(
     samples: int, batch: int, world_size: int
 ):
-    ranks = [list(Numbered(samples, batch, world_size, rank)) for rank in range(world_size)]
+    ranks = [
+        list(EvaluationSampler(samples, batch, world_size, rank)) for rank in range(world_size)
+    ]
     read = [number for batches in ranks for numbers in batches for number in numbers]
-    dropped = Numbered(samples, batch, world_size).dropped
+    dropped = EvaluationSampler(samples, batch, world_size).dropped
     assert read == list(range(samples - dropped)) and dropped < world_size
     for rank, batches in enumerate(ranks):
         assert [len(b) for b in batches] == [len(b) for b in ranks[0]]
         assert all(len(b) <= batch for b in batches)
-        assert len(Numbered(samples, batch, world_size, rank)) == len(batches)
+        assert len(EvaluationSampler(samples, batch, world_size, rank)) == len(batches)

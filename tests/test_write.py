@@ -246,7 +246,7 @@ def test_classes_are_torchvisions(tmp_path: Path):
     root = images(tmp_path / "src")
     truth = TorchvisionFolder(str(root))
     assert ImageFolder(root).classes == truth.classes
-    ours = {str(root / str(e.place)): e.label for e in ImageFolder(root).entries()}
+    ours = {str(root / str(e.location)): e.label for e in ImageFolder(root).entries()}
     assert ours == dict(truth.samples)
 
 
@@ -276,7 +276,7 @@ def test_every_name_becomes_a_sample_of_its_own_for_webdataset_and_for_us(tmp_pa
     assert sorted(theirs.values()) == sorted(contents.values())
     (shard,) = open_shards(str(dst / "train-000000.tar"))
     assert shard.columns().keys == tuple(theirs)
-    assert (shard.faults, shard.further_inputs) == ({}, 0)
+    assert (shard.errors, shard.further_inputs) == ({}, 0)
     # Names that need no change keep theirs; a dot becomes an underscore.
     assert {"c.d/a", "c.d/e.f/a_b", "c/a_b_c", "c/img_v1", "c/ünïcödé-日本"} <= theirs.keys()
     assert "c/img" not in theirs  # of three: each says which one it is
@@ -299,7 +299,7 @@ def test_links_to_folders_are_followed_and_circles_are_not(tmp_path: Path):
     (tmp_path / "src/b/up").symlink_to(tmp_path / "src")
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "elsewhere")
     entries = ImageFolder(tmp_path / "src").entries()
-    assert [(e.place, e.label) for e in entries] == [("a/deep/1.jpg", 0), ("b/2.jpg", 1)]
+    assert [(e.location, e.label) for e in entries] == [("a/deep/1.jpg", 0), ("b/2.jpg", 1)]
 
 
 def test_shards_are_webdatasets_to_the_byte(tmp_path: Path):

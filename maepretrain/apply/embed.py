@@ -149,7 +149,7 @@ def encode_all(
     features, labels, good = [], [], []
     shown = sys.stderr.isatty() and share.start == 0
     for read in track(loader, "features", len(loader), disable=not shown):
-        fine = read["fault"][:, 0] == 0
+        fine = read["error"][:, 0] == 0
         encoded = encode(read["input"][fine])
         if half and encoded.numel() and encoded.abs().max() > torch.finfo(torch.float16).max:
             raise ValueError("features are beyond the 65,504 that float16 holds: leave out --half")

@@ -189,8 +189,8 @@ def _of_numbers(numbers: list[int], data: ShardData) -> Given:
     assert data.val_index is not None
     samples = data.evaluation(data.val_index)
     read = samples.__getitems__(numbers)
-    if faults := samples.faults(read):
-        raise ValueError(f"a held-out sample cannot be read: {faults[0]}")
+    if errors := samples.pop_errors(read):
+        raise ValueError(f"a held-out sample cannot be read: {errors[0]}")
     return Given([key for _, key in samples.names(numbers)], read["input"])
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from maepretrain.data.errors import CORRUPT_INPUT, Fault, ShardError, Unreadable, printable
+from maepretrain.data.errors import CORRUPT_INPUT, ErrorRow, ShardError, Unreadable, printable
 from maepretrain.data.shards.index import (
     Shard,
     expand,
@@ -72,7 +72,7 @@ class Found:
     url: str
     samples: int = 0
     size: int = 0
-    faults: list[Fault] = field(default_factory=list)
+    errors: list[ErrorRow] = field(default_factory=list)
     labels: tuple[int, ...] = ()
     unlabelled: int = 0
     hashes: bytes = b""
@@ -87,7 +87,7 @@ class Found:
 class Report:
     """All that was found: what is wrong, what is good to know, and a line of totals."""
 
-    faults: list[Fault]
+    errors: list[ErrorRow]
     notes: list[str]
     totals: str
 
@@ -127,11 +127,11 @@ def check_shards(
     looked_at = in_processes(partial(_look_at, asked, cache), urls, workers)
     found = list(progress(looked_at, "checking shards", len(urls)))
     samples = sum(one.samples for one in found)
-    faults = [fault for one in found for fault in one.faults]
-    faults += _partly_labelled(found) + _mixed(found) + _repeated_keys(found, cache)
-    faults += _batch_faults(samples, world_size, global_batch)
+    errors = [error for one in found for error in one.errors]
+    errors += _partly_labelled(found) + _mixed(found) + _repeated_keys(found, cache)
+    errors += _batch_errors(samples, world_size, global_batch)
     notes = _notes(found, samples, world_size, num_workers, global_batch, asked.classes)
-    return Report(faults, notes, _totals(found, samples, time.perf_counter() - begin))
+    return Report(errors, notes, _totals(found, samples, time.perf_counter() - begin))
 
 
 # One shard.
@@ -150,7 +150,7 @@ def _look_at(asked: Asked, cache: ShardCache, url: str) -> Found:
         else:
             _examine(found, Path(url), _indexed(found), asked)
     except (ShardError, OSError) as error:
-        found.faults.append(Fault(UNUSABLE_SHARD, url, str(error)))
+        found.errors.append(ErrorRow(UNUSABLE_SHARD, url, str(error)))
     return found
 
 
@@ -158,7 +158,7 @@ def _indexed(found: Found) -> Shard | None:
     try:
         return open_local(found.url)
     except ShardError as error:
-        found.faults.append(Fault(STALE_INDEX, shown(found.url), str(error)))
+        found.errors.append(ErrorRow(STALE_INDEX, shown(found.url), str(error)))
         found.indexed = True
         return None
 
@@ -168,16 +168,16 @@ def _examine(found: Found, path: Path, shard: Shard | None, asked: Asked) -> Non
     found.samples, found.size = head["samples"], head["bytes"]
     found.further_inputs = head["further_inputs"]
     for kind, keys in head["faults"].items():
-        found.faults += [Fault(kind, shown(found.url), key) for key in keys]
+        found.errors += [ErrorRow(kind, shown(found.url), key) for key in keys]
     if shard is not None:
         found.indexed, found.left_out = True, len(shard.unreadable)
-        found.faults += _compare(shard, path, columns)
+        found.errors += _compare(shard, path, columns)
     label = columns.label
     found.labels = tuple(np.unique(label[label > NO_LABEL]).tolist())
     found.unlabelled = int((label == NO_LABEL).sum())
     if asked.classes is not None:
-        found.faults += [
-            Fault(LABEL_RANGE, shown(found.url), columns.keys[row])
+        found.errors += [
+            ErrorRow(LABEL_RANGE, shown(found.url), columns.keys[row])
             for row in np.flatnonzero(label >= asked.classes)
         ]
     if found.samples:
@@ -187,24 +187,24 @@ def _examine(found: Found, path: Path, shard: Shard | None, asked: Asked) -> Non
         _decode_all(found, path, columns, asked)
 
 
-def _compare(shard: Shard, path: Path, columns: Columns) -> list[Fault]:
+def _compare(shard: Shard, path: Path, columns: Columns) -> list[ErrorRow]:
     """What the index says otherwise than the shard."""
-    faults = []
+    errors = []
     if shard.sha256 is not None and sha256_of(path) != shard.sha256:
-        faults.append(Fault(WRONG_CHECKSUM, shown(shard.url), f"its index says {shard.sha256}"))
+        errors.append(ErrorRow(WRONG_CHECKSUM, shown(shard.url), f"its index says {shard.sha256}"))
     try:
         indexed = shard.columns()
     except ShardError as error:
-        return [*faults, Fault(STALE_INDEX, shown(shard.url), str(error))]
+        return [*errors, ErrorRow(STALE_INDEX, shown(shard.url), str(error))]
     if len(indexed.offset) != len(columns.offset) or indexed.key_bytes != columns.key_bytes:
         wrong = f"it lists {len(indexed.offset)} samples, the shard holds {len(columns.offset)}"
-        return [*faults, Fault(STALE_INDEX, shown(shard.url), f"{wrong}, or their keys differ")]
+        return [*errors, ErrorRow(STALE_INDEX, shown(shard.url), f"{wrong}, or their keys differ")]
     for name in ("offset", "size", "header", "label", "extension"):
         differ = np.flatnonzero(getattr(indexed, name) != getattr(columns, name))
-        faults += [Fault(STALE_INDEX, shown(shard.url), columns.keys[row]) for row in differ[:1]]
+        errors += [ErrorRow(STALE_INDEX, shown(shard.url), columns.keys[row]) for row in differ[:1]]
         if len(differ):
             break
-    return faults
+    return errors
 
 
 def _decode_all(found: Found, path: Path, columns: Columns, asked: Asked) -> None:
@@ -218,7 +218,7 @@ def _decode_all(found: Found, path: Path, columns: Columns, asked: Asked) -> Non
             except Unreadable as error:
                 key = columns.keys[row]
                 found.reason = found.reason or f"{shown(found.url)}, {key}: {error}"
-                found.faults.append(Fault(CORRUPT_INPUT, shown(found.url), key))
+                found.errors.append(ErrorRow(CORRUPT_INPUT, shown(found.url), key))
 
 
 def _decoder(asked: Asked) -> Callable[[bytes, str], str]:
@@ -246,29 +246,31 @@ def _decoder(asked: Asked) -> Callable[[bytes, str], str]:
 # All shards.
 
 
-def _partly_labelled(found: list[Found]) -> list[Fault]:
+def _partly_labelled(found: list[Found]) -> list[ErrorRow]:
     if not any(one.labels for one in found):
         return []
     return [
-        Fault(PARTLY_LABELLED, shown(one.url), f"{one.unlabelled} of {one.samples} have no label")
+        ErrorRow(
+            PARTLY_LABELLED, shown(one.url), f"{one.unlabelled} of {one.samples} have no label"
+        )
         for one in found
         if one.unlabelled
     ]
 
 
-def _mixed(found: list[Found]) -> list[Fault]:
+def _mixed(found: list[Found]) -> list[ErrorRow]:
     """uint8 is scaled to 0..1 on the device and float is not: a batch cannot hold both."""
     types = sum((one.types for one in found), Counter())
     usual = types.most_common(1)[0][0] if types else ""
     return [
-        Fault(MIXED_INPUTS, shown(one.url), f"{number} are {name}, most others {usual}")
+        ErrorRow(MIXED_INPUTS, shown(one.url), f"{number} are {name}, most others {usual}")
         for one in found
         for name, number in one.types.items()
         if name != usual
     ]
 
 
-def _repeated_keys(found: list[Found], cache: ShardCache) -> list[Fault]:
+def _repeated_keys(found: list[Found], cache: ShardCache) -> list[ErrorRow]:
     """Each sample but the first of its key."""
     twice = _repeated([one.hashes for one in found])
     if not len(twice):
@@ -281,7 +283,7 @@ def _repeated_keys(found: list[Found], cache: ShardCache) -> list[Fault]:
             for row in rows:
                 places[keys[row]].append(shown(one.url))
     return [
-        Fault(KEY_TWICE_IN_SHARD if url in urls[:n] else KEY_IN_TWO_SHARDS, url, key)
+        ErrorRow(KEY_TWICE_IN_SHARD if url in urls[:n] else KEY_IN_TWO_SHARDS, url, key)
         for key, urls in places.items()
         for n, url in enumerate(urls)
         if n
@@ -306,7 +308,7 @@ def _keys(url: str, cache: ShardCache) -> tuple[str, ...]:
     return scan(cache.fetch(url, shard.bytes, shard.sha256))[1].keys
 
 
-def _batch_faults(samples: int, world_size: int, global_batch: int | None) -> list[Fault]:
+def _batch_errors(samples: int, world_size: int, global_batch: int | None) -> list[ErrorRow]:
     said = []
     if global_batch is None:
         if samples < world_size:
@@ -316,7 +318,7 @@ def _batch_faults(samples: int, world_size: int, global_batch: int | None) -> li
             said.append(f"global batch {global_batch} is larger than the {samples} samples")
         if global_batch % world_size:
             said.append(f"global batch {global_batch} is not divisible by {world_size} processes")
-    return [Fault(BATCH, "", sentence) for sentence in said]
+    return [ErrorRow(BATCH, "", sentence) for sentence in said]
 
 
 def _notes(
@@ -370,19 +372,19 @@ def _totals(found: list[Found], samples: int, seconds: float) -> str:
 
 
 def show(report: Report) -> None:
-    """Print a row for each kind of fault, the notes and the totals."""
+    """Print a row for each kind of error, the notes and the totals."""
     # Paths of shards are longer than the 80 columns that a pipe is taken to have.
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 1000
-    kinds: dict[str, list[Fault]] = defaultdict(list)
-    for fault in report.faults:
-        kinds[fault.kind].append(fault)
+    kinds: dict[str, list[ErrorRow]] = defaultdict(list)
+    for error in report.errors:
+        kinds[error.kind].append(error)
     if kinds:
         table = Table("kind", "how many", "first shard", "first example")
-        for kind, faults in kinds.items():
-            first = (Text(printable(t), overflow="fold") for t in (faults[0].shard, faults[0].key))
-            table.add_row(kind, f"{len(faults):,}", *first)
+        for kind, errors in kinds.items():
+            first = (Text(printable(t), overflow="fold") for t in (errors[0].shard, errors[0].key))
+            table.add_row(kind, f"{len(errors):,}", *first)
         console.print(table)
     for line in (*report.notes, report.totals):
         console.print(Text(printable(line)))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from maepretrain.data.check import Asked, check_shards, show
-from maepretrain.data.errors import Fault, ShardError, as_csv, printable
+from maepretrain.data.errors import ErrorRow, ShardError, as_csv, printable
 from maepretrain.data.shards.index import expand, make_indexes, summary
 from maepretrain.data.shards.write import find_source, write_shards
 from maepretrain.data.stores.remote import is_remote
@@ -78,7 +78,7 @@ def order(
     world_size: int = 1,
     rank: int = 0,
     seed: int = 0,
-    lanes: int | None = None,
+    streams: int | None = None,
     block: int = 8192,
     tail: Literal["drop", "pad"] = "drop",
     crops_per_image: int = 1,
@@ -94,7 +94,7 @@ def order(
         world_size: processes.
         rank: one of them.
         seed: as the run's.
-        lanes: as data.lanes.
+        streams: as data.streams.
         block: as data.block.
         tail: as data.tail.
         crops_per_image: as data.crops_per_image.
@@ -108,7 +108,7 @@ def order(
         mean=mean,
         std=mean,
         seed=seed,
-        lanes=lanes,
+        streams=streams,
         block=block,
         tail=tail,
         crops_per_image=crops_per_image,
@@ -119,11 +119,11 @@ def order(
     if epoch < 0 or (step is not None and not 0 <= step < steps):
         raise ShardError(f"epoch {epoch}, step {step}: an epoch has steps 0 to {steps - 1}")
     data.plan((epoch + 1) * steps, world_size, 1)
-    assert data.stream is not None
-    data.stream.rank = rank
+    assert data.sampler is not None
+    data.sampler.rank = rank
     samples = data.training()
     for s in range(steps) if step is None else (step,):
-        positions = list(data.stream.positions(epoch * steps + s))
+        positions = list(data.sampler.positions(epoch * steps + s))
         for position, (shard, key) in zip(positions, samples.names(positions), strict=True):
             print(s, position, printable(shard), printable(key), sep="\t")
     return 0
@@ -156,12 +156,12 @@ def check(
         length: of 1-D signals and texts, as the one number in data.image_size.
         workers: processes that check, side by side.
         decode: decode every input; without, headers and checksums only.
-        list: a CSV file that gets every fault.
+        list: a CSV file that gets every error.
     """
     asked = Asked(channels, classes, length, decode)
     report = check_shards(patterns, asked, world_size, num_workers, global_batch, workers)
     if list is not None:
         with replacing(list) as file:
-            file.write(as_csv([Fault._fields, *report.faults]))
+            file.write(as_csv([ErrorRow._fields, *report.errors]))
     show(report)
-    return 1 if report.faults else 0
+    return 1 if report.errors else 0

@@ -1,4 +1,4 @@
-"""What can be wrong with shards and samples: the kinds, and the list of a run, RUN/faults.csv."""
+"""What can be wrong with shards and samples: the kinds, and the list of a run, RUN/errors.csv."""
 
 import csv
 import sys
@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 CORRUPT_INPUT = "unreadable input"
-SHORT_MEMBER = "member cut off"
-WRONG_LABEL_FAULT = "wrong label"
+CUT_OFF_INPUT = "input cut off"
+WRONG_LABEL_ERROR = "wrong label"
 MISSING_INPUT = "sample without input"
-SECOND_MEMBER = "second member of one name"
+SECOND_FILE = "second member of one name"  # as index files have it on disk
 EMPTY_SHARD = "empty shard"
 DAMAGED_SHARD = "damaged shard"
 # A batch carries the number of a kind; 0 stands for none.
 KINDS = (
     "",
     CORRUPT_INPUT,
-    SHORT_MEMBER,
-    WRONG_LABEL_FAULT,
+    CUT_OFF_INPUT,
+    WRONG_LABEL_ERROR,
     MISSING_INPUT,
-    SECOND_MEMBER,
+    SECOND_FILE,
     EMPTY_SHARD,
     DAMAGED_SHARD,
 )
 
-# So few faults never stop a run.
-ALWAYS_BORNE = 10
+# So few errors never stop a run.
+ALWAYS_TOLERATED = 10
 # So many are printed; the list holds all.
 PRINTED = 20
 
@@ -46,7 +46,7 @@ class Unreadable(ValueError):
         self.kind = kind
 
 
-class Fault(NamedTuple):
+class ErrorRow(NamedTuple):
     """One line of the list: a sample that was replaced, or what an index says of its shard."""
 
     kind: str
@@ -67,49 +67,49 @@ def printable(text: str) -> str:
 
 
 def as_csv(rows: Iterable[tuple[object, ...]]) -> bytes:
-    """Rows of a list of faults; the bytes of names that are no UTF-8 stay as they are."""
+    """Rows of a list of errors; the bytes of names that are no UTF-8 stay as they are."""
     text = StringIO()
     # With "\n" alone as the end of a line, Python 3.11 would not quote a "\r" in a name.
     csv.writer(text, lineterminator="\r\n").writerows(rows)
     return text.getvalue().encode(errors="surrogateescape")
 
 
-class FaultList:
-    """The faults that all processes of a run met, each sample once: appended to one file.
+class ErrorList:
+    """The errors that all processes of a run met, each sample once: appended to one file.
 
     Args:
         path: the file; lines that an earlier part of the run wrote count too.
         samples: how many samples the data set has.
-        share: more faults than this share of the samples (and more than 10) stop the run.
+        share: more errors than this share of the samples (and more than 10) stop the run.
     """
 
     def __init__(self, path: Path, samples: int, share: float) -> None:
-        self.path, self.samples, self.borne = path, samples, borne(samples, share)
+        self.path, self.samples, self.tolerated = path, samples, tolerated(samples, share)
         self._known: set[tuple[str, ...]] = set()
         self._read_to = self._printed = 0
 
-    def add(self, faults: list[Fault]) -> None:
+    def add(self, errors: list[ErrorRow]) -> None:
         """List what is not listed yet.
 
         Raises:
-            ShardError: more faults than are borne.
+            ShardError: more errors than are tolerated.
         """
-        if all(fault[:3] in self._known for fault in faults):
+        if all(error[:3] in self._known for error in errors):
             return
         with self.path.open("a+b") as file:
-            with suppress(OSError):  # a disk without locks: two processes may list one fault
+            with suppress(OSError):  # a disk without locks: two processes may list one error
                 flock(file, LOCK_EX)
             self._read(file)
-            new = list({f[:3]: f for f in faults if f[:3] not in self._known}.values())
-            head = [] if self._read_to else [Fault._fields]
+            new = list({f[:3]: f for f in errors if f[:3] not in self._known}.values())
+            head = [] if self._read_to else [ErrorRow._fields]
             file.write(as_csv([*head, *new]))
             self._read(file)
-        for fault in new[: max(0, PRINTED - self._printed)]:
-            print(fault, file=sys.stderr, flush=True)
+        for error in new[: max(0, PRINTED - self._printed)]:
+            print(error, file=sys.stderr, flush=True)
         self._printed += len(new)
-        if new and len(self._known) > self.borne:
+        if new and len(self._known) > self.tolerated:
             raise ShardError(
-                f"{too_many(len(self._known), self.samples, self.borne)}; "
+                f"{too_many(len(self._known), self.samples, self.tolerated)}; "
                 f"{self.path} lists them, the last one is {new[-1]}"
             )
 
@@ -118,23 +118,23 @@ class FaultList:
         file.seek(self._read_to)
         text = StringIO(file.read().decode(errors="surrogateescape"), newline="")
         self._read_to = file.tell()
-        self._known |= {tuple(row[:3]) for row in csv.reader(text)} - {Fault._fields[:3]}
+        self._known |= {tuple(row[:3]) for row in csv.reader(text)} - {ErrorRow._fields[:3]}
 
 
-def borne(samples: int, share: float) -> int:
-    """How many faults a run bears.
+def tolerated(samples: int, share: float) -> int:
+    """How many errors a run tolerates.
 
     Raises:
         ValueError: a share that is not in [0, 1].
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"max_faults {share} must be a share of the samples, 0 to 1")
-    return max(ALWAYS_BORNE, int(share * samples))
+        raise ValueError(f"max_errors {share} must be a share of the samples, 0 to 1")
+    return max(ALWAYS_TOLERATED, int(share * samples))
 
 
-def too_many(faults: int, samples: int, borne: int) -> str:
+def too_many(errors: int, samples: int, limit: int) -> str:
     """The sentence with which a run stops."""
     return (
-        f"{faults} faults in {samples:,} samples, more than the {borne} that are borne: mend the "
-        "shards (`maepretrain shards check`) or raise --data.max_faults"
+        f"{errors} errors in {samples:,} samples, more than the {limit} that are tolerated: mend "
+        "the shards (`maepretrain shards check`) or raise --data.max_errors"
     )

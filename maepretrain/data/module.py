@@ -23,16 +23,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maepretrain.data.batch import Batch
-from maepretrain.data.errors import Fault, FaultList, ShardError, borne, too_many
+from maepretrain.data.errors import ErrorList, ErrorRow, ShardError, tolerated, too_many
 from maepretrain.data.images import Augment, CentreCrop, SignalCrop
-from maepretrain.data.order import EpochOrder, Mixture, Order, lanes_of
-from maepretrain.data.sampler import Numbered, Stream
+from maepretrain.data.order import EpochOrder, Mixture, Order, streams_of
+from maepretrain.data.sampler import EvaluationSampler, RunSampler
 from maepretrain.data.samples import Pixels, Samples, ShardIndex
 from maepretrain.data.shards.index import Shard, open_shards, summary
 from maepretrain.data.shards.reader import Store
 from maepretrain.data.stores.cache import ReadAhead, ShardCache
 from maepretrain.data.stores.remote import is_remote, shown
-from maepretrain.data.unindexed import PlainOrder, PlainStream, plain_sources
+from maepretrain.data.unindexed import UnindexedBatches, UnindexedOrder, unindexed_sources
 from maepretrain.ranks import is_rank_zero
 
 
@@ -66,14 +66,14 @@ class ShardData(L.LightningDataModule):
         mean: per channel, of pixels in 0..1, subtracted on the device.
         std: per channel, of pixels in 0..1, divided by on the device.
         seed: seed of order and crops.
-        lanes: equal sample ranges read side by side; must divide the images of a batch. Default
+        streams: equal sample ranges read side by side; must divide the images of a batch. Default
             their greatest common divisor with 16.
-        block: samples shuffled together inside a lane.
+        block: samples shuffled together inside a stream.
         tail: "drop" leaves out what is no whole batch at an epoch's end, "pad" repeats samples.
         samples_per_epoch: draws that make an epoch of a mixture (default as many as it has
             samples), or with exact false.
-        max_faults: share of the samples that may be unreadable or wrongly labelled; more of them
-            (and more than 10) end the run. Each is listed in RUN/faults.csv.
+        max_errors: share of the samples that may be unreadable or wrongly labelled; more of them
+            (and more than 10) end the run. Each is listed in RUN/errors.csv.
         num_workers: loader processes per rank; 0 loads in the training process.
         cache: folder in which remote shards are kept; default $MAEPRETRAIN_CACHE or
             ~/.cache/maepretrain/shards. One per node, on its own disk.
@@ -101,11 +101,11 @@ class ShardData(L.LightningDataModule):
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
         seed: int = 0,
-        lanes: int | None = None,
+        streams: int | None = None,
         block: int = 8192,
         tail: Literal["drop", "pad"] = "drop",
         samples_per_epoch: int | None = None,
-        max_faults: float = 0.001,
+        max_errors: float = 0.001,
         num_workers: int = 1,
         cache: Path | None = None,
         cache_gb: float = 100.0,
@@ -117,32 +117,32 @@ class ShardData(L.LightningDataModule):
             raise ValueError(
                 f"mean {mean} and std {std} need one value for each of {channels} channels"
             )
-        _check_numbers(global_batch, crops_per_image, num_workers, max_faults, cache_gb)
+        _check_numbers(global_batch, crops_per_image, num_workers, max_errors, cache_gb)
         self.channels, self.mean, self.std, self.seed = channels, mean, std, seed
         self.num_workers, self.global_batch = num_workers, global_batch
-        self.crops, self.exif, self.max_faults = crops_per_image, exif, max_faults
+        self.crops, self.exif, self.max_errors = crops_per_image, exif, max_errors
         self._set_crops(image_size, scale, ratio, flip, val_share)
         self.cache = ShardCache(cache, int(cache_gb * 1e9))
-        if exact and not isinstance(train, dict):  # a mixture has lanes of each source
-            lanes_of(global_batch // crops_per_image, lanes, block)
-        self._order_arguments = (seed, lanes, block, tail)
+        if exact and not isinstance(train, dict):  # a mixture has streams of each source
+            streams_of(global_batch // crops_per_image, streams, block)
+        self._order_arguments = (seed, streams, block, tail)
         self.samples_per_epoch = samples_per_epoch
         self.labelled = self.allow_reorder = False
         self._train, self._val = train, val
         self.weights = list(train.values()) if isinstance(train, dict) else None
-        self.plain: list[str] | None = None
+        self.unindexed: list[str] | None = None
         if train is not None and not exact:
-            self.plain = self._plain_sources(train, allow_pipe)
+            self.unindexed = self._unindexed_sources(train, allow_pipe)
         elif samples_per_epoch is not None and self.weights is None:
             raise ValueError("samples_per_epoch is for mixtures: give the patterns weights")
         self.early: Augment | None = None
         self._low_epochs = low_epochs
         if low_image_size is not None or low_epochs:
             self.early = self._set_early(low_image_size, low_epochs)
-        self.stream: Stream | None = None
+        self.sampler: RunSampler | None = None
         self._resume_from = 0
         self._read_ahead: ReadAhead | None = None
-        self._faults: FaultList | None = None
+        self._errors: ErrorList | None = None
         # What was read instead, by position, in the last batch.
         self._replaced: dict[int | None, str] = {}
 
@@ -152,7 +152,7 @@ class ShardData(L.LightningDataModule):
     @cached_property
     def _sources(self) -> list[list[Shard]]:
         """Training shards of each source."""
-        if self._train is None or self.plain is not None:
+        if self._train is None or self.unindexed is not None:
             return []
         sources = list(self._train) if isinstance(self._train, dict) else [self._train]
         return [self._opened(source) for source in sources]
@@ -168,7 +168,7 @@ class ShardData(L.LightningDataModule):
         return ShardIndex(self._opened(self._val)) if self._val else None
 
     @cached_property
-    def order(self) -> Order | PlainOrder:
+    def order(self) -> Order | UnindexedOrder:
         """Which sample each position of the run holds."""
         return self._make_order()
 
@@ -182,14 +182,14 @@ class ShardData(L.LightningDataModule):
     def _opened(self, patterns: str | list[str]) -> list[Shard]:
         return open_shards(patterns, max(1, self.num_workers), self.cache)
 
-    def _plain_sources(
+    def _unindexed_sources(
         self, train: str | list[str] | dict[str, float], allow_pipe: bool
     ) -> list[str]:
         if isinstance(train, dict):
             raise ValueError("mixtures are read exactly: leave out exact: false")
         if self.samples_per_epoch is None:
             raise ValueError("exact: false needs samples_per_epoch, the draws that make an epoch")
-        return plain_sources(train, allow_pipe)
+        return unindexed_sources(train, allow_pipe)
 
     def _set_crops(
         self,
@@ -221,7 +221,7 @@ class ShardData(L.LightningDataModule):
                 f"low_image_size {size} and low_epochs {epochs} go together, the latter above 0"
             )
         sides = [size] * 2 if isinstance(size, int) else size
-        if self.plain is not None or not isinstance(self.augment, Augment) or len(sides) != 2:
+        if self.unindexed is not None or not isinstance(self.augment, Augment) or len(sides) != 2:
             raise ValueError("low_image_size is for images that are read exactly")
         height, width = sides
         full = (self.augment.height, self.augment.width)
@@ -235,15 +235,15 @@ class ShardData(L.LightningDataModule):
             return self.channels, self.early.height, self.early.width
         return self.shape
 
-    def _make_order(self) -> Order | PlainOrder:
-        seed, lanes, block, tail = self._order_arguments
+    def _make_order(self) -> Order | UnindexedOrder:
+        seed, streams, block, tail = self._order_arguments
         images = self.global_batch // self.crops
-        if self.plain is not None:
-            return PlainOrder(images, self.samples_per_epoch or 0)
+        if self.unindexed is not None:
+            return UnindexedOrder(images, self.samples_per_epoch or 0)
         if self.weights is None:
-            return EpochOrder(self.index.counts, images, seed, lanes, block, tail)
+            return EpochOrder(self.index.counts, images, seed, streams, block, tail)
         sources = list(self.index.counts.split([len(source) for source in self._sources]))
-        return Mixture(sources, self.weights, images, self.samples_per_epoch, seed, lanes, block)
+        return Mixture(sources, self.weights, images, self.samples_per_epoch, seed, streams, block)
 
     def choose(self, chosen: Int64[Tensor, "n"]) -> None:
         """Train on these samples only (numbered through all training shards)."""
@@ -254,39 +254,41 @@ class ShardData(L.LightningDataModule):
         """Fix the length of the run and check what can be checked before it.
 
         Raises:
-            ValueError: processes and crops that do not divide the batch, or more faults in the
-                shards than are borne.
+            ValueError: processes and crops that do not divide the batch, or more errors in the
+                shards than are tolerated.
         """
-        self.stream = Stream(self.global_batch, steps, world_size, 0, accumulation)
-        if self.stream.micro_batch % self.crops:
+        self.sampler = RunSampler(self.global_batch, steps, world_size, 0, accumulation)
+        if self.sampler.micro_batch % self.crops:
             raise ValueError(
-                f"a micro-batch of {self.stream.micro_batch} is no multiple of {self.crops} "
+                f"a micro-batch of {self.sampler.micro_batch} is no multiple of {self.crops} "
                 "crops_per_image"
             )
-        known, samples = self._known_faults(), self._samples()
-        most = borne(samples, self.max_faults)
+        known, samples = self._known_errors(), self._samples()
+        most = tolerated(samples, self.max_errors)
         if len(known) > most:
             raise ShardError(f"{too_many(len(known), samples, most)}; the first is {known[0]}")
 
     def _samples(self) -> int:
-        train = self.samples_per_epoch if self.plain is not None else len(self.index)
+        train = self.samples_per_epoch if self.unindexed is not None else len(self.index)
         return (train or 0) + (len(self.val_index) if self.val_index is not None else 0)
 
-    def _known_faults(self) -> list[Fault]:
+    def _known_errors(self) -> list[ErrorRow]:
         """What the indexes say."""
         indexes = [index for index in (self.index, self.val_index) if index is not None]
         return [
-            Fault(kind, shown(shard.url), key)
+            ErrorRow(kind, shown(shard.url), key)
             for index in indexes
             for shard in index.shards
-            for kind, keys in shard.faults.items()
+            for kind, keys in shard.errors.items()
             for key in keys
         ]
 
     def describe(self) -> str:
         """What is read, and what an epoch leaves out or repeats."""
-        plain = f"{len(self.plain)} sources" if self.plain is not None else ""
-        line = plain or summary(self.index.shards)
+        if self.unindexed is not None:
+            line = f"{len(self.unindexed)} sources"
+        else:
+            line = summary(self.index.shards)
         if len(self.index) != sum(shard.samples for shard in self.index.shards):
             line += f", {len(self.index):,} chosen"
         if self.crops > 1:
@@ -300,12 +302,12 @@ class ShardData(L.LightningDataModule):
         """What validation reads, and what it leaves out so that all processes take equal steps."""
         if self.val_index is None:
             return "none"
-        dropped = Numbered(len(self.val_index), 1, world_size).dropped
+        dropped = EvaluationSampler(len(self.val_index), 1, world_size).dropped
         return summary(self.val_index.shards) + (f"; {dropped} left out" if dropped else "")
 
     def training(self) -> Samples:
         """Samples at the positions of the run, with random crops."""
-        assert not isinstance(self.order, PlainOrder)
+        assert not isinstance(self.order, UnindexedOrder)
         return Samples(
             self.index,
             self.channels,
@@ -332,24 +334,26 @@ class ShardData(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        assert self.stream is not None, "plan() comes first"
-        self.stream.rank = self.trainer.global_rank if self.trainer else 0
-        self.stream.start = self._resume_from
-        if self.plain is not None:
+        assert self.sampler is not None, "plan() comes first"
+        self.sampler.rank = self.trainer.global_rank if self.trainer else 0
+        self.sampler.start = self._resume_from
+        if self.unindexed is not None:
             pixels = Pixels(self.channels, self.augment, self.exif, self.seed)
-            faults = self._fault_list()
-            plain = PlainStream(self.plain, self.stream, pixels, self.seed, self.crops, faults)
-            return self._loader(plain, None, self.num_workers)
+            errors = self._error_list()
+            batches = UnindexedBatches(
+                self.unindexed, self.sampler, pixels, self.seed, self.crops, errors
+            )
+            return self._loader(batches, None, self.num_workers)
         samples = self.training()
         if any(is_remote(shard.url) for shard in self.index.shards):
-            self.stream.announce = self._look_ahead(samples, self.stream)
-        return self._loader(samples, self.stream, self.num_workers)
+            self.sampler.announce = self._look_ahead(samples, self.sampler)
+        return self._loader(samples, self.sampler, self.num_workers)
 
-    def _look_ahead(self, samples: Samples, stream: Stream) -> Callable[[int], None]:
+    def _look_ahead(self, samples: Samples, sampler: RunSampler) -> Callable[[int], None]:
         """Fetches, in this rank's process, the shards of the next quarter of a block."""
         ahead = self._read_ahead = ReadAhead(self.cache)
-        _, lanes, block, _ = self._order_arguments
-        horizon = max(2, block * (lanes or 16) // (4 * stream.global_batch))
+        _, streams, block, _ = self._order_arguments
+        horizon = max(2, block * (streams or 16) // (4 * sampler.global_batch))
         every, last = max(1, horizon // 4), None
 
         def announce(step: int) -> None:
@@ -357,8 +361,8 @@ class ShardData(L.LightningDataModule):
             if last is not None and step < last + every:
                 return
             last = step
-            steps = range(step, min(step + horizon, stream.steps))
-            positions = [p for s in steps for p in stream.positions(s)[:: samples.crops]]
+            steps = range(step, min(step + horizon, sampler.steps))
+            positions = [p for s in steps for p in sampler.positions(s)[:: samples.crops]]
             shards = samples.shards(torch.tensor(positions, dtype=torch.int64))
             remote = [shard for shard in shards if is_remote(shard.url)]
             ahead.want([(shard.url, shard.bytes, shard.sha256) for shard in remote])
@@ -366,11 +370,11 @@ class ShardData(L.LightningDataModule):
         return announce
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
-        if self.val_index is None or self.stream is None:
+        if self.val_index is None or self.sampler is None:
             return []
         trainer = self.trainer
         world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        batches = Numbered(len(self.val_index), self.stream.micro_batch, world_size, rank)
+        batches = EvaluationSampler(len(self.val_index), self.sampler.micro_batch, world_size, rank)
         return self._loader(self.evaluation(self.val_index), batches, min(1, self.num_workers))
 
     def _loader(
@@ -390,30 +394,30 @@ class ShardData(L.LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """List what was replaced in a batch that is about to be used; models never see it."""
-        if self._faults is None:
-            self._faults = self._fault_list()
+        if self._errors is None:
+            self._errors = self._error_list()
             if is_rank_zero():
-                self._faults.add(self._known_faults())
+                self._errors.add(self._known_errors())
         self._replaced = {}
-        if batch["fault"][:, 0].any():
+        if batch["error"][:, 0].any():
             trains = self.trainer is not None and self.trainer.training
             samples = self.training() if trains else self.evaluation(cast(Any, self.val_index))
-            faults = samples.faults(batch)
-            self._replaced = {fault.position: fault.replaced_by for fault in faults}
-            self._faults.add(faults)
-        return {name: value for name, value in batch.items() if name != "fault"}
+            errors = samples.pop_errors(batch)
+            self._replaced = {error.position: error.replaced_by for error in errors}
+            self._errors.add(errors)
+        return {name: value for name, value in batch.items() if name != "error"}
 
     def names(self, positions: list[int]) -> list[tuple[str, str]]:
         """(sample key, shard) of what the last training batch holds at these positions of the run;
         empty for a stream without an index."""
-        if self.plain is not None:
+        if self.unindexed is not None:
             return [("", "")] * len(positions)
         names = zip(positions, self.training().names(positions), strict=True)
         return [(self._replaced.get(p, key), shown(url)) for p, (url, key) in names]
 
-    def _fault_list(self) -> FaultList:
+    def _error_list(self) -> ErrorList:
         folder = Path(self.trainer.default_root_dir) if self.trainer else Path()
-        return FaultList(folder / "faults.csv", self._samples(), self.max_faults)
+        return ErrorList(folder / "errors.csv", self._samples(), self.max_errors)
 
     def teardown(self, stage: str) -> None:
         if self._read_ahead is not None:
@@ -421,17 +425,17 @@ class ShardData(L.LightningDataModule):
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for the stream to go on as if never stopped."""
-        seed, lanes, block, tail = self._order_arguments
+        seed, streams, block, tail = self._order_arguments
         return {
             "global_batch": self.global_batch,
             "samples": len(self.index),
             "shards": len(self.index.shards),
             "fingerprint": self._fingerprint(),
             "seed": seed,
-            "lanes": lanes,
+            "streams": streams,
             "block": block,
             "tail": tail,
-            "exact": self.plain is None,
+            "exact": self.unindexed is None,
             "crops_per_image": self.crops,
             "weights": self.weights,
             "samples_per_epoch": self.samples_per_epoch,
@@ -447,10 +451,10 @@ class ShardData(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Samples that the training loop consumed ("processed", not what workers prefetched), and
         what they depend on."""
-        assert self.trainer is not None and self.stream is not None
+        assert self.trainer is not None and self.sampler is not None
         done = cast(Any, self.trainer).fit_loop.epoch_loop.batch_progress.current.processed
         return {
-            "consumed": done * self.stream.micro_batch * self.stream.world_size
+            "consumed": done * self.sampler.micro_batch * self.sampler.world_size
         } | self._identity()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -474,24 +478,27 @@ class ShardData(L.LightningDataModule):
 
     def changes(self, state_dict: dict[str, Any]) -> str:
         """What differs from the stopped run, and with it the order; empty where nothing does."""
-        now = self._identity()
-        changed = [name for name in now if state_dict.get(name) != now[name]]
-        return ", ".join(
-            f"{name} was {state_dict.get(name)} and is {now[name]}" for name in changed
-        )
+        # Checkpoints of older versions have another name for the streams.
+        before = {"streams": state_dict.get("lanes")} | state_dict
+        changed = [
+            f"{name} was {before.get(name)} and is {now}"
+            for name, now in self._identity().items()
+            if before.get(name) != now
+        ]
+        return ", ".join(changed)
 
 
 def _check_numbers(
-    global_batch: int, crops: int, workers: int, max_faults: float, cache_gb: float
+    global_batch: int, crops: int, workers: int, max_errors: float, cache_gb: float
 ) -> None:
     if global_batch < 1 or crops < 1 or global_batch % crops:
         raise ValueError(
             f"global batch {global_batch} is no multiple of {crops} crops_per_image, at least 1"
         )
-    if workers < 0 or cache_gb <= 0 or not 0 <= max_faults <= 1:
+    if workers < 0 or cache_gb <= 0 or not 0 <= max_errors <= 1:
         raise ValueError(
             f"num_workers {workers} must not be negative, cache_gb {cache_gb} be above 0 and "
-            f"max_faults {max_faults} a share, 0 to 1"
+            f"max_errors {max_errors} a share, 0 to 1"
         )
 
 

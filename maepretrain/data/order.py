@@ -1,22 +1,23 @@
 """The order of samples, computed where it is asked.
 
-A pure function of (seed, epoch, samples per shard, global batch, lanes, block, tail). A run is one
-endless stream of positions 0, 1, 2, ...; position p is sample p % B of global step p // B. Who
-reads a position (rank, worker, micro-batch) is not this file's business, so a run can go on
-anywhere with any number of processes.
+A pure function of (seed, epoch, samples per shard, global batch, streams, block, tail). A run is
+one endless sequence of positions 0, 1, 2, ...; position p is sample p % B of global step p // B.
+Who reads a position (rank, worker, micro-batch) is decided elsewhere (`sampler`), so a run can go
+on anywhere with any number of processes.
 
     epoch      shards permuted; their samples form one sequence of N
-    lanes      the first T*B samples (T steps of batch B) are cut into L equal ranges; a shard may
+    streams    the first T*B samples (T steps of batch B) are cut into L equal ranges; a shard may
                straddle two
-    batch      B / L consecutive samples of every lane
-    blocks     inside a lane, samples are shuffled within blocks, so that a reader keeps to few
-               shards at a time; blocks of different lanes begin at different steps, so that new
+    batch      B / L consecutive samples of every stream
+    blocks     inside a stream, samples are shuffled within blocks, so that a reader keeps to few
+               shards at a time; blocks of different streams begin at different steps, so that new
                shards are wanted one after the other
 
 With `tail="drop"` T = N // B and the last N - T*B samples of the permuted sequence are left out
 (others in every epoch); with `tail="pad"` T = ceil(N / B) and the sequence is continued from its
-start. With `tail="carry"` all N are cut into lanes (lane l ends at (l+1)*N // L), what T = N // B
-whole batches leave of them comes after, lane by lane, and the next epoch begins in the same batch.
+start. With `tail="carry"` all N are cut into streams (stream l ends at (l+1)*N // L), what
+T = N // B whole batches leave of them comes after, stream by stream, and the next epoch begins in
+the same batch.
 
 A mixture draws a fixed number of samples from each source in every batch, and each source goes
 through its own epochs, which end where they end ("carry").
@@ -33,36 +34,36 @@ from torch import Tensor
 from maepretrain.randomness import key, permutation
 
 
-def lanes_of(global_batch: int, lanes: int | None, block: int) -> int:
-    """How many lanes an order has, which needs no shards to be known.
+def streams_of(global_batch: int, streams: int | None, block: int) -> int:
+    """How many streams an order has, which needs no shards to be known.
 
     Raises:
-        ValueError: lanes that do not divide the batch, or a setting out of range.
+        ValueError: streams that do not divide the batch, or a setting out of range.
     """
     if global_batch < 1 or block < 1:
         raise ValueError(f"global batch {global_batch} and block {block} must be at least 1")
-    lanes = gcd(global_batch, 16) if lanes is None else lanes
-    if lanes < 1 or global_batch % lanes:
-        raise ValueError(f"global batch {global_batch} is not divisible by {lanes} lanes")
-    return lanes
+    streams = gcd(global_batch, 16) if streams is None else streams
+    if streams < 1 or global_batch % streams:
+        raise ValueError(f"global batch {global_batch} is not divisible by {streams} streams")
+    return streams
 
 
 class EpochOrder:
-    """Maps positions in the run to (shard, member).
+    """Maps positions in the run to (shard, sample).
 
     Args:
         counts: samples in each shard, int64, empty shards allowed.
         global_batch: samples per optimizer step, over all processes.
         seed: the order's seed.
-        lanes: equal ranges read side by side; must divide `global_batch`. None takes
+        streams: equal ranges read side by side; must divide `global_batch`. None takes
             gcd(global_batch, 16).
-        block: samples that are shuffled together inside a lane.
+        block: samples that are shuffled together inside a stream.
         tail: what happens to the samples left over when an epoch is no whole number of batches:
             "drop" or "pad"; "carry" is for the sources of a mixture.
 
     Raises:
-        ValueError: no whole batch in an epoch, lanes that do not divide the batch, or a setting out
-            of range.
+        ValueError: no whole batch in an epoch, streams that do not divide the batch, or a setting
+            out of range.
     """
 
     def __init__(
@@ -70,11 +71,11 @@ class EpochOrder:
         counts: Int64[Tensor, "shards"],
         global_batch: int,
         seed: int = 0,
-        lanes: int | None = None,
+        streams: int | None = None,
         block: int = 8192,
         tail: Literal["drop", "pad", "carry"] = "drop",
     ) -> None:
-        self.lanes = lanes_of(global_batch, lanes, block)
+        self.streams = streams_of(global_batch, streams, block)
         if tail not in ("drop", "pad", "carry"):
             raise ValueError(f'tail "{tail}" must be "drop" or "pad"')
         self.counts, self.global_batch, self.seed, self.block = counts, global_batch, seed, block
@@ -89,14 +90,14 @@ class EpochOrder:
                 f'smaller batch or tail: "pad"'
             )
         self.length = self.samples if tail == "carry" else whole * global_batch
-        lane = torch.arange(self.lanes + 1)
-        self._lane_ends = lane * self.length // self.lanes
-        self._left_ends = self._lane_ends - lane * whole * (global_batch // self.lanes)
+        stream = torch.arange(self.streams + 1)
+        self._stream_ends = stream * self.length // self.streams
+        self._left_ends = self._stream_ends - stream * whole * (global_batch // self.streams)
         self._remember()
 
     def _remember(self) -> None:
         self._shards = lru_cache(2)(self._permute_shards)
-        self._block = lru_cache(2 * self.lanes)(self._permute_block)
+        self._block = lru_cache(2 * self.streams)(self._permute_block)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is remembered does not travel to another process."""
@@ -123,69 +124,71 @@ class EpochOrder:
         shards = permutation(self.seed, "shards", len(self.counts), epoch)
         return shards, self.counts[shards].cumsum(0)
 
-    def _first_of_block(self, lane: int, block: int) -> int:
-        """Where a block begins in its lane: lane l's first block is l/L of a block shorter."""
-        return max(0, block * self.block - lane * self.block // self.lanes)
+    def _first_of_block(self, stream: int, block: int) -> int:
+        """Where a block begins in its stream: stream l's first block is l/L of a block shorter."""
+        return max(0, block * self.block - stream * self.block // self.streams)
 
-    def _permute_block(self, epoch: int, lane: int, block: int) -> Tensor:
-        begin, end = self._first_of_block(lane, block), self._first_of_block(lane, block + 1)
-        lane_length = int(self._lane_ends[lane + 1] - self._lane_ends[lane])
-        return permutation(self.seed, "block", min(end, lane_length) - begin, epoch, lane, block)
+    def _permute_block(self, epoch: int, stream: int, block: int) -> Tensor:
+        begin, end = self._first_of_block(stream, block), self._first_of_block(stream, block + 1)
+        stream_length = int(self._stream_ends[stream + 1] - self._stream_ends[stream])
+        return permutation(
+            self.seed, "block", min(end, stream_length) - begin, epoch, stream, block
+        )
 
     def locate(
         self, positions: Int64[Tensor, "n"]
     ) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]]:
-        """(shard, member in the shard) of each position of the run."""
+        """(shard, sample in the shard) of each position of the run."""
         epoch, i = positions // self.length, positions % self.length
-        place = self._shuffle(epoch, *self._lane(i))
-        shard, member = torch.empty_like(positions), torch.empty_like(positions)
+        slot = self._shuffle(epoch, *self._stream_of(i))
+        shard, sample = torch.empty_like(positions), torch.empty_like(positions)
         for e in epoch.unique().tolist():
             here = epoch == e
             shards, ends = self._shards(e)
             # Each epoch begins elsewhere, or the last samples of shards would be left out most.
             begin = key(self.seed, "begin", e) % self.samples
-            turned = (place[here] + begin) % self.samples
+            turned = (slot[here] + begin) % self.samples
             nth = torch.searchsorted(ends, turned, right=True)
             shard[here] = shards[nth]
-            member[here] = turned - (ends[nth] - self.counts[shards[nth]])
-        return shard, member
+            sample[here] = turned - (ends[nth] - self.counts[shards[nth]])
+        return shard, sample
 
-    def _lane(self, i: Int64[Tensor, "n"]) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]]:
-        """(lane, place in the lane) that the i-th position of an epoch reads."""
-        per_lane = self.global_batch // self.lanes
+    def _stream_of(self, i: Int64[Tensor, "n"]) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]]:
+        """(stream, slot in the stream) that the i-th position of an epoch reads."""
+        per_stream = self.global_batch // self.streams
         step, in_batch = i // self.global_batch, i % self.global_batch
-        lane, in_lane = in_batch // per_lane, step * per_lane + in_batch % per_lane
+        stream, in_stream = in_batch // per_stream, step * per_stream + in_batch % per_stream
         left = i - self.steps_per_epoch * self.global_batch
         if (left >= 0).any():
             of = torch.searchsorted(self._left_ends[1:], left, right=True)
-            after = self.steps_per_epoch * per_lane + left - self._left_ends[of]
-            lane, in_lane = torch.where(
-                left >= 0, torch.stack([of, after]), torch.stack([lane, in_lane])
+            after = self.steps_per_epoch * per_stream + left - self._left_ends[of]
+            stream, in_stream = torch.where(
+                left >= 0, torch.stack([of, after]), torch.stack([stream, in_stream])
             )
-        return lane, in_lane
+        return stream, in_stream
 
     def _shuffle(
-        self, epoch: Int64[Tensor, "n"], lane: Int64[Tensor, "n"], in_lane: Int64[Tensor, "n"]
+        self, epoch: Int64[Tensor, "n"], stream: Int64[Tensor, "n"], in_stream: Int64[Tensor, "n"]
     ) -> Int64[Tensor, "n"]:
-        """The place in the epoch's sequence of shards that stands at `in_lane` of a lane."""
-        blocks_per_lane = self.length // self.lanes // self.block + 3
-        block = (in_lane + lane * self.block // self.lanes) // self.block
-        place = torch.empty_like(in_lane)
+        """The slot in the epoch's sequence of shards that stands at `in_stream` of a stream."""
+        blocks_per_stream = self.length // self.streams // self.block + 3
+        block = (in_stream + stream * self.block // self.streams) // self.block
+        slot = torch.empty_like(in_stream)
         # A micro-batch touches few blocks, so each of them is looked up once.
-        names, which = ((epoch * self.lanes + lane) * blocks_per_lane + block).unique(
+        names, which = ((epoch * self.streams + stream) * blocks_per_stream + block).unique(
             return_inverse=True
         )
         for k, name in enumerate(names.tolist()):
-            epoch_and_lane, b = divmod(name, blocks_per_lane)
-            e, l = divmod(epoch_and_lane, self.lanes)  # noqa: E741
+            epoch_and_stream, b = divmod(name, blocks_per_stream)
+            e, l = divmod(epoch_and_stream, self.streams)  # noqa: E741
             here, first = which == k, self._first_of_block(l, b)
             order = self._block(e, l, b)
-            place[here] = self._lane_ends[l] + first + order[in_lane[here] - first]
-        return place
+            slot[here] = self._stream_ends[l] + first + order[in_stream[here] - first]
+        return slot
 
 
 class Mixture:
-    """Draws from several sources by weight, to (shard, member); shards are numbered through all
+    """Draws from several sources by weight, to (shard, sample); shards are numbered through all
     sources.
 
     A batch holds the same number of samples of a source every time, as near to its weight as whole
@@ -198,9 +201,9 @@ class Mixture:
         global_batch: samples per optimizer step.
         samples_per_epoch: draws that are called an epoch; default as many as there are samples.
         seed: the order's seed.
-        lanes: ranges of a source read side by side; default 16, or as many of them as divide its
+        streams: ranges of a source read side by side; default 16, or as many of them as divide its
             draws.
-        block: samples that are shuffled together inside a lane.
+        block: samples that are shuffled together inside a stream.
 
     Raises:
         ValueError: a weight that is not positive or gives no sample in a batch, an empty source, or
@@ -214,13 +217,13 @@ class Mixture:
         global_batch: int,
         samples_per_epoch: int | None = None,
         seed: int = 0,
-        lanes: int | None = None,
+        streams: int | None = None,
         block: int = 8192,
     ) -> None:
-        if len(weights) != len(sources) or (lanes is not None and lanes < 1):
+        if len(weights) != len(sources) or (streams is not None and streams < 1):
             raise ValueError(
-                f"{len(sources)} sources need as many weights, not {weights}, and lanes {lanes} "
-                "must be at least 1"
+                f"{len(sources)} sources need as many weights, not {weights}, and "
+                f"streams {streams} must be at least 1"
             )
         self.global_batch = global_batch
         self.draws = _share_out(weights, global_batch)
@@ -232,7 +235,7 @@ class Mixture:
                 f"an epoch of {draws_per_epoch} draws holds no batch of {global_batch}"
             )
         self.orders = [
-            _source_order(counts, draws, key(seed, "source", s), lanes or 16, block)
+            _source_order(counts, draws, key(seed, "source", s), streams or 16, block)
             for s, (counts, draws) in enumerate(zip(sources, self.draws, strict=True))
         ]
         numbers = torch.tensor([len(counts) for counts in sources])
@@ -252,15 +255,15 @@ class Mixture:
     def locate(
         self, positions: Int64[Tensor, "n"]
     ) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]]:
-        """(shard, member in the shard) of each position of the run."""
+        """(shard, sample in the shard) of each position of the run."""
         step, i = positions // self.global_batch, positions % self.global_batch
         source, draw = self._source[i], self._draw[i]
-        shard, member = torch.empty_like(positions), torch.empty_like(positions)
+        shard, sample = torch.empty_like(positions), torch.empty_like(positions)
         for s in source.unique().tolist():
             here = source == s
-            in_source, member[here] = self.orders[s].locate(step[here] * self.draws[s] + draw[here])
+            in_source, sample[here] = self.orders[s].locate(step[here] * self.draws[s] + draw[here])
             shard[here] = in_source + self._first_shard[s]
-        return shard, member
+        return shard, sample
 
 
 Order = EpochOrder | Mixture
@@ -284,12 +287,12 @@ def _share_out(weights: list[float], total: int) -> list[int]:
 
 
 def _source_order(
-    counts: Int64[Tensor, "shards"], draws: int, seed: int, lanes: int, block: int
+    counts: Int64[Tensor, "shards"], draws: int, seed: int, streams: int, block: int
 ) -> EpochOrder:
     """The endless order of one source of a mixture."""
-    side_by_side = gcd(draws, lanes)
-    if 2 * side_by_side >= lanes:
+    side_by_side = gcd(draws, streams)
+    if 2 * side_by_side >= streams:
         return EpochOrder(counts, draws, seed, side_by_side, block, "carry")
-    # Few lanes would shuffle badly: the draws go round all lanes instead, so that every rank reads
-    # of each.
-    return EpochOrder(counts, lanes, seed, lanes, block, "carry")
+    # Few streams would shuffle badly: the draws go round all streams instead, so that every rank
+    # reads of each.
+    return EpochOrder(counts, streams, seed, streams, block, "carry")

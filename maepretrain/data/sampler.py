@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from torch.utils.data import Sampler
 
 
-class Stream(Sampler[list[int]]):
+class RunSampler(Sampler[list[int]]):
     """The micro-batches of one rank for the whole run, from the sample `start` on.
 
     Global step g holds positions g*B .. (g+1)*B - 1. Rank r owns the r-th of W equal parts of it,
@@ -52,7 +52,7 @@ class Stream(Sampler[list[int]]):
         return range(begin, begin + per_rank)
 
 
-class Numbered(Sampler[list[int]]):
+class EvaluationSampler(Sampler[list[int]]):
     """Validation: samples 0..n-1 in order, an equal number of batches on every rank.
 
     What is left when n is no multiple of the world size (fewer samples than processes) is left out;

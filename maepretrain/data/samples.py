@@ -13,8 +13,8 @@ from maepretrain.data.batch import Batch
 from maepretrain.data.errors import (
     CORRUPT_INPUT,
     KINDS,
-    WRONG_LABEL_FAULT,
-    Fault,
+    WRONG_LABEL_ERROR,
+    ErrorRow,
     ShardError,
     Unreadable,
 )
@@ -36,12 +36,12 @@ from maepretrain.data.shards.tar import INPUT_EXTENSIONS, NO_LABEL, WRONG_LABEL,
 from maepretrain.data.stores.remote import shown
 from maepretrain.randomness import uniform
 
-# Of so many shards a reader keeps the columns: more than the lanes of a batch touch at a time.
+# Of so many shards a reader keeps the columns: more than the streams of a batch touch at a time.
 REMEMBERED_SHARDS = 256
 
 
 class ShardIndex:
-    """All samples of the shards, addressed by (shard, member) or by one number.
+    """All samples of the shards, addressed by (shard, sample in it) or by one number.
 
     Numbers go through the shards in their order. Columns are read when first needed.
 
@@ -86,20 +86,20 @@ class ShardIndex:
             self._columns[shard] = self.shards[shard].columns()
         return self._columns[shard]
 
-    def rows(self, shard: Int64[Tensor, "n"], member: Int64[Tensor, "n"]) -> Int64[Tensor, "n"]:
-        """The row of each member in the columns of its shard."""
+    def rows(self, shard: Int64[Tensor, "n"], sample: Int64[Tensor, "n"]) -> Int64[Tensor, "n"]:
+        """The row of each sample in the columns of its shard."""
         if self._chosen is None:
-            return member
-        return self._chosen[(self._ends - self.counts)[shard] + member] - self._first_of_all[shard]
+            return sample
+        return self._chosen[(self._ends - self.counts)[shard] + sample] - self._first_of_all[shard]
 
-    def row(self, shard: int, member: int) -> int:
-        """The row of one member in the columns of its shard."""
+    def row(self, shard: int, sample: int) -> int:
+        """The row of one sample in the columns of its shard."""
         if self._chosen is None:
-            return member
-        return int(self.rows(torch.tensor([shard]), torch.tensor([member])))
+            return sample
+        return int(self.rows(torch.tensor([shard]), torch.tensor([sample])))
 
-    def place(self, number: Int64[Tensor, "n"]) -> tuple[Tensor, Tensor]:
-        """(shard, member) of samples numbered through all shards.
+    def locate(self, number: Int64[Tensor, "n"]) -> tuple[Tensor, Tensor]:
+        """(shard, sample in it) of samples numbered through all shards.
 
         Raises:
             IndexError: a number that no sample has.
@@ -242,84 +242,95 @@ class Samples(Dataset[Batch]):
         """A whole batch.
 
         `input` uint8 (b, c, h, w) or as the arrays are, `position` int64 (b,), `label` int64 (b,),
-        -1 without one, `fault` int64 (b, 2): the kind (0: none) and the row in its shard of the
+        -1 without one, `error` int64 (b, 2): the kind (0: none) and the row in its shard of the
         sample that was read instead.
 
         Raises:
             ShardError: a shard that holds no readable sample, or was changed since it was indexed.
         """
         position = torch.tensor(positions, dtype=torch.int64)
-        inputs, labels, faults = [], [], []
+        inputs = []
+        labels = []
+        errors = []
         early = self.early if positions and positions[0] < self.switch else None
         crops = zip(self._locate(position), self.pixels.numbers(position), strict=True)
-        for place, crops_of_image in groupby(crops, itemgetter(0)):
-            decoded, label, fault = self._read(*place)
+        for (shard, sample), crops_of_image in groupby(crops, itemgetter(0)):
+            decoded, label, error = self._read(shard, sample)
             for _, u in crops_of_image:
                 inputs.append(self.pixels.cut_out(decoded, u, early))
                 labels.append(label)
-                faults.append(fault)
+                errors.append(error)
         return {
             "input": default_collate(inputs),  # in a loader process, straight to shared memory
             "position": position,
             "label": torch.tensor(labels),
-            "fault": torch.tensor(faults),
+            "error": torch.tensor(errors),
         }
 
-    def _read(self, s: int, member: int) -> tuple[Tensor, int, tuple[int, int]]:
-        """Pixels, label and fault of a member, or of the next one that can be read."""
-        kind, reason, count = "", "", int(self.index.counts[s])
-        columns = self.index.columns(s)
+    def _read(self, shard_number: int, sample: int) -> tuple[Tensor, int, tuple[int, int]]:
+        """Pixels, label and error of a sample, or of the next one that can be read."""
+        shard = self.index.shards[shard_number]
+        columns = self.index.columns(shard_number)
+        count = int(self.index.counts[shard_number])
+        first_error: Unreadable | None = None
         for ahead in range(count):
-            row = self.index.row(s, (member + ahead) % count)
+            row = self.index.row(shard_number, (sample + ahead) % count)
             try:
-                decoded = self._decode(self.index.shards[s], columns, row)
+                decoded = self._decode(shard, columns, row)
             except Unreadable as error:
-                kind, reason = kind or error.kind, reason or str(error)
+                first_error = first_error or error
                 continue
-            return decoded, max(NO_LABEL, int(columns.label[row])), (KINDS.index(kind), row)
-        shard = self.index.shards[s]
-        raise ShardError(
-            f"{shown(shard.url)}: none of its {count} samples can be read: {kind}, {reason}"
-        )
+            kind = "" if first_error is None else first_error.kind
+            label = max(NO_LABEL, int(columns.label[row]))
+            return decoded, label, (KINDS.index(kind), row)
+        reason = "" if first_error is None else f"{first_error.kind}, {first_error}"
+        raise ShardError(f"{shown(shard.url)}: none of its {count} samples can be read: {reason}")
 
     def _decode(self, shard: Shard, columns: Columns, row: int) -> Tensor:
         if self.labelled and columns.label[row] == WRONG_LABEL:
-            raise Unreadable(WRONG_LABEL_FAULT, "its label is no integer >= 0")
+            raise Unreadable(WRONG_LABEL_ERROR, "its label is no integer >= 0")
         data = self.store.read(shard, columns, row)
         return self.pixels.decode(data, INPUT_EXTENSIONS[columns.extension[row]])
 
-    def faults(self, batch: Batch) -> list[Fault]:
-        """The faults of a batch, with names; takes them out of it."""
-        fault = batch.pop("fault")
-        found = fault[:, 0].nonzero().flatten()
-        if not len(found):
+    def pop_errors(self, batch: Batch) -> list[ErrorRow]:
+        """The errors of a batch, with names; takes them out of it."""
+        errors = batch.pop("error").cpu()
+        replaced = errors[:, 0].nonzero().flatten()
+        if not len(replaced):
             return []
-        position, fault = batch["position"].cpu()[found], fault.cpu()[found]
-        faults = []
-        for place, p, (kind, row) in zip(
-            self._locate(position), position.tolist(), fault.tolist(), strict=True
-        ):
-            s, member = place
-            keys, shard = self.index.columns(s).keys, self.index.shards[s]
-            faults.append(
-                Fault(KINDS[kind], shown(shard.url), keys[self.index.row(s, member)], p, keys[row])
+        position = batch["position"].cpu()[replaced]
+        return [
+            self._error_row(kind, *located, at, row)
+            for located, at, (kind, row) in zip(
+                self._locate(position), position.tolist(), errors[replaced].tolist(), strict=True
             )
-        return faults
+        ]
+
+    def _error_row(
+        self, kind: int, shard_number: int, sample: int, position: int, row: int
+    ) -> ErrorRow:
+        """The line about a sample in whose stead the sample of `row` was read."""
+        keys = self.index.columns(shard_number).keys
+        key = keys[self.index.row(shard_number, sample)]
+        url = shown(self.index.shards[shard_number].url)
+        return ErrorRow(KINDS[kind], url, key, position, replaced_by=keys[row])
 
     def names(self, positions: list[int]) -> list[tuple[str, str]]:
         """(shard, sample key) at these positions."""
-        places = self._locate(torch.tensor(positions, dtype=torch.int64))
-        return [
-            (self.index.shards[s].url, self.index.columns(s).keys[self.index.row(s, member)])
-            for s, member in places
-        ]
+        names = []
+        for shard_number, sample in self._locate(torch.tensor(positions, dtype=torch.int64)):
+            row = self.index.row(shard_number, sample)
+            key = self.index.columns(shard_number).keys[row]
+            names.append((self.index.shards[shard_number].url, key))
+        return names
 
     def shards(self, positions: Int64[Tensor, "n"]) -> list[Shard]:
         """The shards in which these positions lie, each once, as they come."""
-        return [self.index.shards[s] for s in dict.fromkeys(s for s, _ in self._locate(positions))]
+        numbers = dict.fromkeys(shard_number for shard_number, _ in self._locate(positions))
+        return [self.index.shards[shard_number] for shard_number in numbers]
 
     def _locate(self, position: Int64[Tensor, "n"]) -> list[tuple[int, int]]:
-        """(shard, member) of each position."""
-        locate = self.index.place if self.order is None else self.order.locate
-        shard, member = locate(position // self.crops)
-        return list(zip(shard.tolist(), member.tolist(), strict=True))
+        """(shard, sample in the shard) of each position."""
+        locate = self.index.locate if self.order is None else self.order.locate
+        shard, sample = locate(position // self.crops)
+        return list(zip(shard.tolist(), sample.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Plain streaming by webdataset's own pipeline, for sources that cannot be indexed (`pipe:`).
+"""Streaming by webdataset's own pipeline, for sources that cannot be indexed (`pipe:`).
 
 Every reader (a loader process of a rank) goes through its share of the shards, in another order
 each time, and shuffles samples in a buffer. No step waits for another reader and none ends early,
@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from maepretrain.data.batch import Batch
-from maepretrain.data.errors import DAMAGED_SHARD, Fault, FaultList, ShardError, Unreadable
-from maepretrain.data.sampler import Stream
+from maepretrain.data.errors import DAMAGED_SHARD, ErrorList, ErrorRow, ShardError, Unreadable
+from maepretrain.data.sampler import RunSampler
 from maepretrain.data.samples import Pixels
 from maepretrain.data.shards.index import expand
 from maepretrain.data.shards.tar import INPUT_EXTENSIONS, NO_LABEL, TAR_HEADER, label_of
@@ -31,7 +31,7 @@ from maepretrain.randomness import key, permutation
 BUFFER = 1000
 
 
-def plain_sources(patterns: str | list[str], allow_pipe: bool) -> list[str]:
+def unindexed_sources(patterns: str | list[str], allow_pipe: bool) -> list[str]:
     """Addresses of shards, `pipe:` commands among them where they are allowed.
 
     Raises:
@@ -49,7 +49,7 @@ def plain_sources(patterns: str | list[str], allow_pipe: bool) -> list[str]:
 
 
 @dataclass(frozen=True)
-class PlainOrder:
+class UnindexedOrder:
     """What stands for an order: an epoch is a number of draws."""
 
     global_batch: int
@@ -74,36 +74,36 @@ class PlainOrder:
         )
 
 
-class PlainStream(IterableDataset[Batch]):
+class UnindexedBatches(IterableDataset[Batch]):
     """Batches of one rank, from the position on at which the stream starts.
 
     Args:
         urls: the shards, `pipe:` commands too.
-        stream: which positions this rank reads.
+        sampler: which positions this rank reads.
         pixels: from bytes to what the model is given.
         seed: of the order.
         crops: of each image, one after the other.
-        faults: the run's list; a shard that cannot be read to its end is listed and left.
+        errors: the run's list; a shard that cannot be read to its end is listed and left.
     """
 
     def __init__(
         self,
         urls: list[str],
-        stream: Stream,
+        sampler: RunSampler,
         pixels: Pixels,
         seed: int,
         crops: int,
-        faults: FaultList,
+        errors: ErrorList,
     ) -> None:
-        self.urls, self.stream, self.pixels = urls, stream, pixels
-        self.seed, self.crops, self.faults = seed, crops, faults
+        self.urls, self.sampler, self.pixels = urls, sampler, pixels
+        self.seed, self.crops, self.errors = seed, crops, errors
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        reader, readers = self.stream.rank * workers + number, self.stream.world_size * workers
+        reader, readers = self.sampler.rank * workers + number, self.sampler.world_size * workers
         samples = self._samples(reader, readers)
-        for i, positions in enumerate(self.stream):
+        for i, positions in enumerate(self.sampler):
             if i % workers == number:  # the loader takes its processes' batches in turn
                 yield self._batch(samples, torch.tensor(positions, dtype=torch.int64))
 
@@ -118,32 +118,32 @@ class PlainStream(IterableDataset[Batch]):
             "input": default_collate(inputs),  # in a loader process, straight to shared memory
             "position": position,
             "label": torch.tensor(labels),
-            "fault": torch.zeros(len(position), 2, dtype=torch.int64),
+            "error": torch.zeros(len(position), 2, dtype=torch.int64),
         }
 
     def _samples(self, reader: int, readers: int) -> Iterator[tuple[Tensor, int]]:
         """Decoded inputs and labels, pass after pass over the reader's shards."""
         share = slice(reader, None, readers) if len(self.urls) >= readers else slice(None)
         for turn in count():
-            order = permutation(self.seed, "plain", len(self.urls), turn, self.stream.start)
-            place = key(self.seed, "plain", self.stream.start, reader, turn)
+            order = permutation(self.seed, "plain", len(self.urls), turn, self.sampler.start)
+            place = key(self.seed, "plain", self.sampler.start, reader, turn)
             found = False
-            for members in self._members(order.tolist()[share], random.Random(place)):
-                inputs = [e for e in members if e in INPUT_EXTENSIONS]
+            for files in self._samples_of(order.tolist()[share], random.Random(place)):
+                inputs = [e for e in files if e in INPUT_EXTENSIONS]
                 extension = min(inputs, key="txt".__eq__)  # beside an image a text is its caption
                 try:
-                    decoded = self.pixels.decode(members[extension], extension)
+                    decoded = self.pixels.decode(files[extension], extension)
                 except Unreadable as error:
-                    self._list(error.kind, members["__url__"], members["__key__"])
+                    self._list(error.kind, files["__url__"], files["__key__"])
                     continue
                 found = True
-                yield decoded, max(NO_LABEL, label_of(members.get))
+                yield decoded, max(NO_LABEL, label_of(files.get))
             if not found:
                 raise ShardError(
                     f"no sample can be read from {shown(self.urls[0])} and what follows it"
                 )
 
-    def _members(self, shards: list[int], numbers: random.Random) -> Iterator[dict[str, Any]]:
+    def _samples_of(self, shards: list[int], numbers: random.Random) -> Iterator[dict[str, Any]]:
         """The samples of the shards that have an input, shuffled."""
         # webdataset takes two seconds to import, and only this way of reading needs it.
         from webdataset import filters, tariterators
@@ -177,11 +177,11 @@ class PlainStream(IterableDataset[Batch]):
         return True
 
     def _list(self, kind: str, url: str, what: str) -> None:
-        self.faults.add([Fault(kind, shown(url), what)])
+        self.errors.add([ErrorRow(kind, shown(url), what)])
 
 
 class _Watched:
-    """A tar being read, of which tarfile takes a cut between two members for its end."""
+    """A tar being read, of which tarfile takes a cut between two files for its end."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.begin, self.end = file, b"", b""

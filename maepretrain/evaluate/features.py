@@ -23,7 +23,7 @@ from torch import distributed as dist
 from torch.utils.data import DataLoader
 
 from maepretrain.data.batch import Batch
-from maepretrain.data.errors import Fault
+from maepretrain.data.errors import ErrorRow
 from maepretrain.data.samples import Samples
 from maepretrain.ranks import is_rank_zero, say
 
@@ -90,12 +90,12 @@ def _read(
         generator=torch.Generator().manual_seed(0),  # leaves the global generator alone
     )
     shown = progress and is_rank_zero() and sys.stderr.isatty()
-    faults: list[Fault] = []
+    errors: list[ErrorRow] = []
     for batch in track(loader, progress, len(batches), disable=not shown):
-        faults += samples.faults(batch)
+        errors += samples.pop_errors(batch)
         yield batch
-    if faults:
-        print(f"{len(faults)} samples were replaced; the first is {faults[0]}", file=sys.stderr)
+    if errors:
+        print(f"{len(errors)} samples were replaced; the first is {errors[0]}", file=sys.stderr)
 
 
 def _as_batch(batch: Batch) -> Batch:

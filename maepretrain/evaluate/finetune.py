@@ -181,7 +181,7 @@ def _use_targets(
     if path is None:
         return None
     table = Targets(path, task, outputs)
-    if data.plain is not None:
+    if data.unindexed is not None:
         raise ValueError("targets need samples with an index (not exact: false)")
     data.index = table.of(data.index)
     if data.val_index is not None:

@@ -14,11 +14,11 @@ from maepretrain.parsing import find_config
 OF_TRAINING = (
     "seed",
     "global_batch",
-    "lanes",
+    "streams",
     "block",
     "tail",
     "crops_per_image",
-    "max_faults",
+    "max_errors",
     "low_image_size",
     "low_epochs",
 )

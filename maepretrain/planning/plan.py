@@ -42,7 +42,7 @@ from maepretrain.data.batch import Batch
 from maepretrain.data.module import ShardData
 from maepretrain.data.normalise import Normalise
 from maepretrain.data.order import EpochOrder
-from maepretrain.data.sampler import Stream
+from maepretrain.data.sampler import RunSampler
 from maepretrain.evaluate.classifier import Finetuned, Head, choose_layers
 from maepretrain.evaluate.finetune import finetune_parser
 from maepretrain.models.flops import Flops, as_taken, flops, imitate, peak_of
@@ -143,8 +143,8 @@ def plan(
     steps_per_epoch, samples, size = epoch(data, images)
     steps = in_steps(config.trainer.as_dict(), steps_per_epoch)["max_steps"]
     accumulation = config.trainer.accumulate_grad_batches or 1
-    stream = Stream(data.global_batch, steps, devices * nodes, 0, accumulation)
-    n = stream.micro_batch
+    sampler = RunSampler(data.global_batch, steps, devices * nodes, 0, accumulation)
+    n = sampler.micro_batch
     if n % data.crops_per_image:
         raise ValueError(
             f"a micro-batch of {n} is no multiple of {data.crops_per_image} crops_per_image"
@@ -160,14 +160,14 @@ def plan(
         "steps": steps,
         "micro_batch": n,
         "accumulation": accumulation,
-        "world": stream.world_size,
+        "world": sampler.world_size,
         "weights": weigh(model, averaged=bool(config.get("ema"))),
         "flops": cost,
         "peak": peak,
         "mfu": mfu,
     }
     if peak is not None:
-        rate = stream.world_size * peak * 1e12 * mfu / (cost.training + cost.recomputed)
+        rate = sampler.world_size * peak * 1e12 * mfu / (cost.training + cost.recomputed)
         core = decode_img_per_s or 1 / (DECODE_SECONDS / data.crops_per_image + CROP_SECONDS)
         figures |= {
             "img_per_s": rate,
@@ -182,7 +182,7 @@ def plan(
     for name, strategy in STRATEGIES.items():
         if divisible or not strategy.optimizer:
             states = STATES[config.optim.optimizer]
-            row = state(strategy, figures["weights"], states, stream.world_size)
+            row = state(strategy, figures["weights"], states, sampler.world_size)
             row |= {"activations": float(activations), "working": row["working"] + recomputed}
             total = sum(row[column] for column in COLUMNS[:5])
             row |= {"total": total, "fits": total / available, "host": row["host"] * devices}
@@ -241,7 +241,7 @@ def epoch(data: Any, images: int | None) -> tuple[int, int, float | None]:
             torch.tensor([images]),
             data.global_batch // data.crops_per_image,
             data.seed,
-            data.lanes,
+            data.streams,
             data.block,
             data.tail,
         )
@@ -250,7 +250,7 @@ def epoch(data: Any, images: int | None) -> tuple[int, int, float | None]:
         raise ValueError("how many images are there? --images N, or their shards as --data.train")
     opened = ShardData(**data.as_dict() | {"val": None})
     shards, draws = opened.index.shards, opened.order.steps_per_epoch * opened.global_batch
-    if opened.plain is not None:
+    if opened.unindexed is not None:
         return opened.order.steps_per_epoch, draws, None
     size = sum(shard.bytes for shard in shards) / sum(shard.samples for shard in shards)
     return opened.order.steps_per_epoch, len(opened.index), size

@@ -14,7 +14,7 @@ from maepretrain.runs.configuration import flat
 from maepretrain.runs.results import COLUMNS, cell_text, read_results
 from maepretrain.runs.status import describe
 
-# Rows of a list of faults; the file has all.
+# Rows of a list of errors; the file has all.
 LISTED = 20
 # Of a result, numbers that are no figures.
 SETTINGS = ("seed", "scratch")
@@ -274,17 +274,18 @@ def utc(seconds: Any) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def faults(records: list[Record]) -> list[Part]:
+def errors(records: list[Record]) -> list[Part]:
     """What was wrong with shards and samples, and micro-batches whose loss was not finite."""
     parts: list[Part] = []
     clean = []
     for record in records:
-        listed = read_rows(record.path / "faults.csv")
+        listed = read_rows(record.path / "errors.csv")
+        listed += read_rows(record.path / "faults.csv")  # the name in older runs
         left = read_rows(record.path / "nonfinite.csv")
         if listed:
             kinds = Counter(row.get("kind") or "" for row in listed).most_common()
             counted = ", ".join(f"{n:,} {kind}" for kind, n in kinds)
-            parts += _listed(f"{record.name}: {len(listed):,} faults: {counted}", listed)
+            parts += _listed(f"{record.name}: {len(listed):,} errors: {counted}", listed)
         if left:
             steps = len({row.get("step") for row in left})
             line = f"{record.name}: {len(left):,} samples in {steps:,} steps gave no finite loss"

@@ -39,7 +39,7 @@ ELSEWHERE = (
     *("trainer.accumulate_grad_batches", "trainer.max_", "trainer.log_every", "trainer.profiler"),
 )
 # They stay when a run fails before its first checkpoint: they may be the reason.
-LISTS = ("faults.csv", "nonfinite.csv")
+LISTS = ("errors.csv", "faults.csv", "nonfinite.csv")  # older runs have faults.csv
 NAMES = {
     *("config.yaml", "status.json", "starts.json", "metrics.csv", "hparams.yaml", "results.json"),
     *LISTS,

@@ -157,13 +157,13 @@ def _set_speed(
     throughput: Throughput, data: ShardData, engine: L.Trainer, module: TrainingModule
 ) -> str:
     """Tell the throughput what an image costs and what the devices could do; both in words."""
-    assert data.stream is not None
+    assert data.sampler is not None
     dtype = torch.bfloat16 if str(engine.precision).startswith(("bf16", "16")) else None
     peak, source = peak_here(engine.strategy.root_device, dtype)
     costs: dict[tuple[int, ...], float] = {}
     model = module.training_step_model()
     by_parts = isinstance(model, MaskedAutoencoder)
-    n = data.stream.micro_batch if by_parts else 2
+    n = data.sampler.micro_batch if by_parts else 2
     for shape in {data.shape_at(0), data.shape}:
         batch = {
             # Zeros are what every likelihood takes.
@@ -185,12 +185,12 @@ def _describe(
     data: ShardData, engine: L.Trainer, accumulation: int, module: TrainingModule, cost: str
 ) -> None:
     """Tell what is really applied before the first step."""
-    assert data.stream is not None
+    assert data.sampler is not None
     optim, steps = module.optim, module.steps
     lines = {
         "data": data.describe(),
         "held out": data.describe_held_out(engine.world_size),
-        "batch": f"{data.global_batch} = {data.stream.micro_batch} x {engine.world_size} "
+        "batch": f"{data.global_batch} = {data.sampler.micro_batch} x {engine.world_size} "
         f"processes x {accumulation} accumulated",
         "length": f"{steps:,} steps, {steps / module.steps_per_epoch:.4g} epochs of "
         f"{module.steps_per_epoch}",

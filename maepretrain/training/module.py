@@ -118,12 +118,12 @@ class TrainingModule(L.LightningModule):
         """Tell Lightning's loop how far the run is, in micro-batches and steps of today's size."""
         state = _data_state(checkpoint)
         data = cast(ShardData, cast(Any, self.trainer).datamodule)
-        assert data.stream is not None
+        assert data.sampler is not None
         begin = data.resumes_at(state)
         if data.changes(state):
             say(f"resumed with  another order of samples from sample {begin:,} on")
         loops = checkpoint["loops"]["fit_loop"]
-        done = begin // (data.stream.micro_batch * data.stream.world_size)
+        done = begin // (data.sampler.micro_batch * data.sampler.world_size)
         _set_progress(loops["epoch_loop.batch_progress"], done, "processed")
         if checkpoint.get(VALIDATION_IS_DUE):
             # As Lightning knows a validation that was cut in its first batch: it runs anew, whole.

@@ -1,7 +1,7 @@
 """Tar shards and their sidecar index: what is in a shard, where its bytes lie, whose label it is.
 
-A shard is any plain tar that follows WebDataset's convention: consecutive members `KEY.EXT` with
-one KEY are one sample. Beside `a.tar` lies `a.tar.idx`: a line of JSON (version, samples, bytes,
+A shard is any uncompressed tar that follows WebDataset's convention: consecutive files `KEY.EXT`
+with one KEY are one sample. Beside `a.tar` lies `a.tar.idx`: a line of JSON (version, samples, bytes,
 sha256, ...) and then zlib-compressed columns. It is made by `shards write` and `shards index`, or
 on the fly where it is missing. Nothing here imports torch: worker processes start fast.
 """
@@ -54,7 +54,7 @@ class Shard:
         samples: how many have an input.
         bytes: size of the tar.
         sha256: of the tar, where the index was made with it.
-        faults: kind -> keys of the samples (of a damaged tar: what is wrong).
+        errors: kind -> keys of the samples (of a damaged tar: what is wrong).
         further_inputs: images besides the first one of a sample.
         unreadable: what `shards write` had to leave out of the source.
     """
@@ -64,7 +64,7 @@ class Shard:
     samples: int
     bytes: int
     sha256: str | None
-    faults: dict[str, list[str]]
+    errors: dict[str, list[str]]
     further_inputs: int
     unreadable: tuple[str, ...]
 
@@ -401,7 +401,7 @@ def summary(shards: Iterable[Shard]) -> str:
     samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
     line = f"{samples:,} samples in {len(shards)} shards ({size / 1e6:,.1f} MB)"
     for kind in KINDS:
-        times = sum(len(shard.faults.get(kind, ())) for shard in shards)
+        times = sum(len(shard.errors.get(kind, ())) for shard in shards)
         line += f"; {times:,} x {kind}" if times else ""
     further = sum(s.further_inputs for s in shards)
     if further:

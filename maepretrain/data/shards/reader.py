@@ -1,11 +1,11 @@
-"""Bytes of a member: one positioned read of a shard, on a local disk or in the node's cache."""
+"""The bytes of a sample: one positioned read of a shard, on a local disk or in the node's cache."""
 
 import os
 import zlib
 from collections import OrderedDict
 from typing import Any
 
-from maepretrain.data.errors import SHORT_MEMBER, ShardError, Unreadable
+from maepretrain.data.errors import CUT_OFF_INPUT, ShardError, Unreadable
 from maepretrain.data.shards.index import Shard
 from maepretrain.data.shards.tar import TAR_HEADER, Columns
 from maepretrain.data.stores.cache import ShardCache
@@ -31,7 +31,7 @@ class Store:
         Raises:
             Unreadable: the shard ends inside it.
             ShardError: the shard is not the one that was indexed.
-            OSError: the disk's faults.
+            OSError: the disk failed.
         """
         offset, size = int(columns.offset[row]), int(columns.size[row])
         remote = is_remote(shard.url)
@@ -45,7 +45,7 @@ class Store:
             if remote:
                 os.close(file)
         if len(data) != size:
-            raise Unreadable(SHORT_MEMBER, f"it has {len(data)} of {size} bytes")
+            raise Unreadable(CUT_OFF_INPUT, f"it has {len(data)} of {size} bytes")
         if zlib.crc32(header) != columns.header[row]:
             raise ShardError(
                 f"{shown(shard.url)} was changed after its index was made (byte "

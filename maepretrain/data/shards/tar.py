@@ -1,7 +1,7 @@
-"""What a tar holds: its samples, where their bytes lie, whose label they are, and what is wrong.
+"""The content of a tar: its samples, where their bytes lie, their labels, and what is wrong.
 
-Any plain tar that follows WebDataset's convention: consecutive members `KEY.EXT` with one KEY are
-one sample.
+Any uncompressed tar that follows WebDataset's convention: consecutive files `KEY.EXT` with one KEY
+are one sample.
 """
 
 import json
@@ -12,9 +12,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import compress
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -22,17 +21,17 @@ from maepretrain.data.errors import (
     DAMAGED_SHARD,
     EMPTY_SHARD,
     MISSING_INPUT,
-    SECOND_MEMBER,
-    WRONG_LABEL_FAULT,
+    SECOND_FILE,
+    WRONG_LABEL_ERROR,
     ShardError,
 )
 
 INPUT_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "npy", "txt")
 TEXT = INPUT_EXTENSIONS.index("txt")
 NO_LABEL = -1
-# The label of a sample whose label member is no integer >= 0.
+# The label of a sample whose label file is no integer >= 0.
 WRONG_LABEL = -2
-# A tar writes this many bytes about a member right before its bytes.
+# A tar writes this many bytes about a file right before its bytes.
 TAR_HEADER = 512
 
 _LAYOUT = (
@@ -47,14 +46,14 @@ _ENCODING = ("utf-8", "surrogateescape")
 
 # WebDataset's convention: the key ends at the first dot of the file name; folders may hold dots.
 # Hidden files (macOS leaves `._a.jpg` in tars) have no key and are passed over.
-_MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
+_FILE_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Columns:
     """The samples of one shard.
 
-    Byte offset and size of the input member, crc32 of the tar header before it, label (-1: none,
+    Byte offset and size of the input file, crc32 of the tar header before it, label (-1: none,
     -2: wrong), extension and key.
     """
 
@@ -93,99 +92,130 @@ class Columns:
 
 
 def scan(path: Path) -> tuple[dict[str, Any], Columns]:
-    """Read a tar's headers (and its small label members) into an index.
+    """Read a tar's headers (and its small label files) into an index.
 
-    The input of a sample is its first member with an image extension, in any case (`.JPEG`); an
+    The input of a sample is its first file with an image extension, in any case (`.JPEG`); an
     extension without dots goes before one with (`jpg` before `depth.png`). `.txt` is the input of
     shards that hold nothing else; beside images it is a caption and passed over. The label comes
-    from `.cls` as text, else from `label` or `cls` in `.json`. Other members are passed over;
+    from `.cls` as text, else from `label` or `cls` in `.json`. Other files are passed over;
     further images of a sample are counted.
 
-    What is wrong is listed in the head's `faults`, by kind, and the rest of the shard is used. A
-    tar that ends early loses the sample at its end, of which more may have followed.
+    What is wrong is listed in the head under `faults`, by kind, and the rest of the shard is used.
+    A tar that ends early loses the sample at its end, of which more may have followed.
 
     Raises:
         ShardError: no tar at all.
     """
-    rows: list[tuple[int, int, int, int, int]] = []
-    keys: list[str] = []
-    faults: dict[str, list[str]] = {}
+    errors: dict[str, list[str]] = {}
+    rows: list[_Row] = []
     further_inputs = 0
-    with path.open("rb") as file:
-        end = os.fstat(file.fileno()).st_size
+    with path.open("rb") as tar:
+        size = os.fstat(tar.fileno()).st_size
         try:
-            for key, members in _samples(file, faults) if end else ():
-                found = _inputs(members)
-                further_inputs += max(0, len(found) - 1)
-                if not found:
-                    faults.setdefault(MISSING_INPUT, []).append(key)
+            for key, files in _samples(tar, errors) if size else ():
+                inputs = _inputs(files)
+                further_inputs += max(0, len(inputs) - 1)
+                if not inputs:
+                    errors.setdefault(MISSING_INPUT, []).append(key)
                     continue
-                member = members[found[0]]
-                label, place = label_of(partial(_content, members, file)), member.offset_data
-                if label == WRONG_LABEL:
-                    faults.setdefault(WRONG_LABEL_FAULT, []).append(key)
-                header = zlib.crc32(os.pread(file.fileno(), TAR_HEADER, place - TAR_HEADER))
-                extension = INPUT_EXTENSIONS.index(_suffix(found[0]))
-                rows.append((place, member.size, header, label, extension))
-                keys.append(key)
+                row = _row(key, files, inputs[0], tar)
+                if row.label == WRONG_LABEL:
+                    errors.setdefault(WRONG_LABEL_ERROR, []).append(key)
+                rows.append(row)
         except tarfile.TarError as error:
-            faults.setdefault(DAMAGED_SHARD, []).append(str(error))
-    captions = [row[-1] == TEXT for row in rows]
-    if not all(captions) and any(captions):
-        faults.setdefault(MISSING_INPUT, []).extend(compress(keys, captions))
-        images = [not caption for caption in captions]
-        rows, keys = list(compress(rows, images)), list(compress(keys, images))
+            errors.setdefault(DAMAGED_SHARD, []).append(str(error))
+    rows = _without_captions(rows, errors)
     if not rows:
-        faults.setdefault(EMPTY_SHARD, []).append("it holds no sample")
+        errors.setdefault(EMPTY_SHARD, []).append("it holds no sample")
     head = {
         "samples": len(rows),
-        "bytes": end,
-        "faults": faults,
+        "bytes": size,
+        "faults": errors,  # as index files have it on disk
         "further_inputs": further_inputs,
     }
-    numbers = np.array(rows, dtype="<i8").reshape(-1, 5).T
-    columns = [column.astype(dtype) for column, (_, dtype) in zip(numbers, _LAYOUT, strict=True)]
-    return head, Columns(*columns, key_bytes="\0".join(keys).encode(*_ENCODING))
+    return head, _columns(rows)
+
+
+class _Row(NamedTuple):
+    """One sample: a value for each of the columns, and its key."""
+
+    offset: int
+    size: int
+    header: int
+    label: int
+    extension: int
+    key: str
+
+
+def _row(key: str, files: dict[str, tarfile.TarInfo], extension: str, tar: IO[bytes]) -> _Row:
+    file = files[extension]
+    header = os.pread(tar.fileno(), TAR_HEADER, file.offset_data - TAR_HEADER)
+    return _Row(
+        offset=file.offset_data,
+        size=file.size,
+        header=zlib.crc32(header),
+        label=label_of(partial(_content, files, tar)),
+        extension=INPUT_EXTENSIONS.index(_suffix(extension)),
+        key=key,
+    )
+
+
+def _without_captions(rows: list[_Row], errors: dict[str, list[str]]) -> list[_Row]:
+    """The images, where there are any: samples of a text alone are then listed as errors."""
+    captions = [row for row in rows if row.extension == TEXT]
+    if not captions or len(captions) == len(rows):
+        return rows
+    errors.setdefault(MISSING_INPUT, []).extend(row.key for row in captions)
+    return [row for row in rows if row.extension != TEXT]
+
+
+def _columns(rows: list[_Row]) -> Columns:
+    columns = {
+        name: np.array([getattr(row, name) for row in rows], dtype=dtype) for name, dtype in _LAYOUT
+    }
+    return Columns(**columns, key_bytes="\0".join(row.key for row in rows).encode(*_ENCODING))
 
 
 def _suffix(extension: str) -> str:
     return extension.rsplit(".", 1)[-1]
 
 
-def _inputs(members: dict[str, tarfile.TarInfo]) -> list[str]:
-    """The extensions that hold an image, plain ones first, or else those of texts; a link holds no
-    bytes to read."""
-    found = [e for e, m in members.items() if _suffix(e) in INPUT_EXTENSIONS and m.isreg()]
-    images = [extension for extension in found if _suffix(extension) != "txt"]
-    return sorted(images or found, key=lambda extension: "." in extension)
+def _inputs(files: dict[str, tarfile.TarInfo]) -> list[str]:
+    """The extensions that hold an image, those without dots first, or else those of texts; a link
+    holds no bytes to read."""
+    inputs = [e for e, file in files.items() if _suffix(e) in INPUT_EXTENSIONS and file.isreg()]
+    images = [extension for extension in inputs if _suffix(extension) != "txt"]
+    return sorted(images or inputs, key=lambda extension: "." in extension)
 
 
 def _samples(
-    file: IO[bytes], faults: dict[str, list[str]]
+    tar: IO[bytes], errors: dict[str, list[str]]
 ) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """(key, {lower-case extension: member}) for each run of members with one key."""
-    key, members = "", {}
-    for member in _members(file):
-        match = _MEMBER.fullmatch(member.name)
-        if match is None or member.isdir():
+    """(key, {lower-case extension: file}) for each run of files with one key."""
+    key = ""
+    files: dict[str, tarfile.TarInfo] = {}
+    for file in _files(tar):
+        match = _FILE_NAME.fullmatch(file.name)
+        if match is None or file.isdir():
             continue
         name, extension = match[1], match[2].lower()
         if name != key:
-            if members:
-                yield key, members
-            key, members = name, {}
-        if extension in members:
-            faults.setdefault(SECOND_MEMBER, []).append(member.name)
+            if files:
+                yield key, files
+            key = name
+            files = {}
+        if extension in files:
+            errors.setdefault(SECOND_FILE, []).append(file.name)
         else:
-            members[extension] = member
-    if members:
-        yield key, members
+            files[extension] = file
+    if files:
+        yield key, files
 
 
-def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar, down to the zeros that close it.
+def _files(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar, down to the zeros that close it.
 
-    tarfile alone takes a tar that was cut between two members, or is damaged there, for whole.
+    tarfile alone takes a tar that was cut between two files, or is damaged there, for whole.
     """
     end = os.fstat(file.fileno()).st_size
     try:
@@ -193,12 +223,12 @@ def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     except tarfile.TarError as error:
         raise ShardError(f"{file.name} is not a whole, uncompressed tar: {error}") from error
     with tar:
-        for member in tar:
-            if member.issparse():
-                raise tarfile.ReadError(f"member {member.name} has holes (tar --sparse)")
-            if not 0 <= member.size <= end - member.offset_data:
-                raise tarfile.ReadError(f"it ends inside member {member.name}")
-            yield member
+        for info in tar:
+            if info.issparse():
+                raise tarfile.ReadError(f"{info.name} has holes (tar --sparse)")
+            if not 0 <= info.size <= end - info.offset_data:
+                raise tarfile.ReadError(f"it ends inside {info.name}")
+            yield info
             # tarfile keeps every header it saw; a shard can hold many.
             cast(Any, tar).members = []
         closes = tar.offset
@@ -207,14 +237,14 @@ def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
         raise tarfile.ReadError("the zeros that close a tar are missing, so its end may be too")
     while chunk := file.read(1 << 20):
         if chunk.strip(b"\0"):
-            raise tarfile.ReadError(f"no member starts at byte {closes}, and more follows")
+            raise tarfile.ReadError(f"no file starts at byte {closes}, and more follows")
 
 
-def _content(members: dict[str, tarfile.TarInfo], file: IO[bytes], extension: str) -> bytes | None:
-    member = members.get(extension)
-    if member is None or not member.isreg():
+def _content(files: dict[str, tarfile.TarInfo], tar: IO[bytes], extension: str) -> bytes | None:
+    file = files.get(extension)
+    if file is None or not file.isreg():
         return None
-    return os.pread(file.fileno(), member.size, member.offset_data)
+    return os.pread(tar.fileno(), file.size, file.offset_data)
 
 
 def label_of(read: Callable[[str], bytes | None]) -> int:

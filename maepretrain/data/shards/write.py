@@ -1,7 +1,7 @@
 """Write WebDataset shards from an image folder, a torchvision data set, IDX files or arrays.
 
 The same source and settings give the same bytes: samples are ordered by a hash of (seed, key),
-member times are zero. Each shard is written under a temporary name, checked, and renamed; its index
+file times are zero. Each shard is written under a temporary name, checked, and renamed; its index
 follows. So a stop leaves only whole shards, and the next call goes on where it stopped. Encoded
 images are copied byte for byte unless `short_side` asks for smaller ones; `.npy` and `.txt` files
 always are.
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 
     key: str
     label: int
-    place: int | str
+    location: int | str
 
 
 class Source(ABC):
@@ -117,8 +117,8 @@ class ImageFolder(Source):
         ]
 
     def read(self, entry: Entry) -> tuple[str, bytes]:
-        data = (self.root / str(entry.place)).read_bytes()
-        if not str(entry.place).lower().endswith(".txt"):
+        data = (self.root / str(entry.location)).read_bytes()
+        if not str(entry.location).lower().endswith(".txt"):
             return _stored(data)
         if not data:
             raise ValueError("the text is empty")
@@ -202,7 +202,7 @@ class Arrays(Source):
         return [Entry(f"{i:08d}", int(label), i) for i, label in enumerate(self.labels)]
 
     def read(self, entry: Entry) -> tuple[str, bytes]:
-        return "png", _png(Image.fromarray(self.images[entry.place]))
+        return "png", _png(Image.fromarray(self.images[entry.location]))
 
 
 @dataclass(frozen=True)
@@ -307,8 +307,8 @@ class Torchvision(Source):
 
     def read(self, entry: Entry) -> tuple[str, bytes]:
         if self._samples is None:
-            return "png", _png(self._set[entry.place][0])
-        sample = self._samples[int(entry.place)]
+            return "png", _png(self._set[entry.location][0])
+        sample = self._samples[int(entry.location)]
         return _stored(Path(sample[0] if isinstance(sample, tuple) else sample).read_bytes())
 
 
@@ -433,7 +433,9 @@ def _check_settings(
 
 def _check_all_images(entries: list[Entry]) -> None:
     for suffix, kind in ((".npy", "arrays"), (".txt", "texts")):
-        found = [entry.place for entry in entries if str(entry.place).lower().endswith(suffix)]
+        found = [
+            entry.location for entry in entries if str(entry.location).lower().endswith(suffix)
+        ]
         if found:
             raise ShardError(
                 f"short_side makes images smaller, not {kind}, and {len(found)} files are "
@@ -445,8 +447,8 @@ def _ordered(source: Source, seed: int) -> list[Entry]:
     """The entries in the order of a hash of (seed, key)."""
     entries = source.entries()
     if not entries:
-        place = getattr(source, "root", type(source).__name__)
-        raise ShardError(f"{place} holds no images ({', '.join(IMAGE_SUFFIXES)}) or .txt files")
+        folder = getattr(source, "root", type(source).__name__)
+        raise ShardError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}) or .txt files")
     times = Counter(entry.key for entry in entries)
     if len(times) < len(entries):
         raise ShardError(f"two images would get the key {times.most_common(1)[0][0]}")
@@ -500,20 +502,20 @@ def _write_shard(job: _Job) -> None:
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     """Add what webdataset's TarWriter would; importing it loads torch, in every process."""
-    member = tarfile.TarInfo(name)
-    member.size, member.mode, member.mtime = len(data), 0o444, 0
-    member.uname = member.gname = "bigdata"
-    tar.addfile(member, io.BytesIO(data))
+    header = tarfile.TarInfo(name)
+    header.size, header.mode, header.mtime = len(data), 0o444, 0
+    header.uname = header.gname = "bigdata"
+    tar.addfile(header, io.BytesIO(data))
 
 
 def _complaint(entry: Entry, error: Exception) -> str:
-    """The line about an unreadable image; raises where it is the disk's fault, not the image's."""
+    """The line about an unreadable image; raises where the disk failed, not the image."""
     gone = isinstance(error, FileNotFoundError)  # a link that leads nowhere
     if isinstance(error, OSError) and error.errno is not None and not gone:
-        error.filename = error.filename or str(entry.place)
+        error.filename = error.filename or str(entry.location)
         raise error
     message = str(error).partition(" <_io.BytesIO")[0]  # PIL names the buffer, by its address
-    return " ".join(f"{entry.place}: {type(error).__name__}: {message}".split())
+    return " ".join(f"{entry.location}: {type(error).__name__}: {message}".split())
 
 
 def _encoded(job: _Job, entry: Entry) -> tuple[str, bytes]:

@@ -236,7 +236,7 @@ class Remote:
 
         def block() -> Any:
             with self._asking(url):
-                # aiohttp keeps the time; this one guards against its faults.
+                # aiohttp keeps the time; this one guards against its bugs.
                 return sync(fs.loop, _next_bytes, response, timeout=2 * self.timeout + 1)
 
         with self._asking(url):

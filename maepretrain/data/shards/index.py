@@ -1,9 +1,9 @@
 """Tar shards and their sidecar index: what is in a shard, where its bytes lie, whose label it is.
 
 A shard is any uncompressed tar that follows WebDataset's convention: consecutive files `KEY.EXT`
-with one KEY are one sample. Beside `a.tar` lies `a.tar.idx`: a line of JSON (version, samples, bytes,
-sha256, ...) and then zlib-compressed columns. It is made by `shards write` and `shards index`, or
-on the fly where it is missing. Nothing here imports torch: worker processes start fast.
+with one KEY are one sample. Beside `a.tar` lies `a.tar.idx`: a line of JSON (version, samples,
+bytes, sha256, ...) and then zlib-compressed columns. It is made by `shards write` and `shards
+index`, or on the fly where it is missing. Nothing here imports torch: worker processes start fast.
 """
 
 import errno

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from maepretrain.runs.configuration import changes
-from maepretrain.runs.loggers import AppendingCSVLogger
 
 from maepretrain.checkpoints.whole import WholeCheckpointIO
 from maepretrain.runs import folder as runs
+from maepretrain.runs.configuration import changes
 from maepretrain.runs.folder import RunFolder
+from maepretrain.runs.loggers import AppendingCSVLogger
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ bits, and files that are damaged, foreign or another model's."""
 
 import math
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,6 +180,22 @@ def test_a_model_without_files_is_refused(
     given = ("--encoder", tmp_path / "mae", picture, tmp_path / "x.mae")
     assert run_cli("codec", "encode", *given) == 2
     assert "MaskedAutoencoder, which writes no files" in capsys.readouterr().err
+
+
+def test_codec_without_constriction_names_the_extra(
+    runs: dict[str, Path],
+    picture: Path,
+    tmp_path: Path,
+    run_cli: Run,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    out = tmp_path / "x.mae"
+    assert run_cli("codec", "encode", "--encoder", runs["plain"], picture, out) == 2
+    error = capsys.readouterr().err.strip()
+    assert "pip install 'maepretrain[compression]'" in error and "\n" not in error
+    assert not out.exists()
 
 
 def test_the_header_is_as_documented(

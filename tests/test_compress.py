@@ -20,7 +20,8 @@ from maepretrain.checkpoints import huffman
 from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.checkpoints.packing import Shared, eight_bits, from_runs, pack, sparse, to_runs
 from maepretrain.checkpoints.weights import read_state
-from maepretrain.compression.compress import Pruning, centroid_gradient, share, unshare
+from maepretrain.compression.pruning import Pruning
+from maepretrain.compression.sharing import centroid_gradient, share, unshare
 from maepretrain.evaluate.classifier import Head
 
 Run = Callable[..., int]
@@ -208,7 +209,7 @@ def test_pruning_takes_the_smallest_of_all_matrices_in_rounds() -> None:
         masks = torch.cat([cast(Any, layer).weight_mask.flatten() for layer in layers])
         shares.append(1 - float(masks.mean()))
     assert shares == pytest.approx([0.8 * (1 - f**3) for f in (0.75, 0.5, 0.25, 0)], abs=1e-3)
-    assert pruning._starts == {25: 2, 50: 3, 75: 4}
+    assert pruning.round_at_step == {25: 2, 50: 3, 75: 4}
     pruning.finish()
     after = torch.cat([cast(Any, layer).weight.detach().flatten() for layer in layers])
     assert int((after == 0).sum()) == 720

@@ -3,6 +3,9 @@ from its lengths alone.
 
 A sequence of one kind of symbol takes no bits at all: its length is stored elsewhere.
 
+The coder of constriction cannot write these bytes: its codes are not canonical, so that lengths,
+which are all that a file holds, do not give them. Reading a file needs numpy alone.
+
 Axes: k kinds of symbols, 0..k-1; n symbols.
 """
 

@@ -1,10 +1,11 @@
-"""Images in files of a compression model's own: `maepretrain codec encode|decode`.
+"""`maepretrain codec encode|decode`: an image in a small file that a compression model writes.
 
 A file is a header, the checksum of all else, and the payload: the symbols of the model, written by
-a range coder (Martin 1979; the library constriction's) with the probabilities of the model's prior,
-channel after channel. The header names the model by a hash of its weights and probabilities: those
-are needed bit for bit. What is decoded is the model's own reconstruction, bit for bit on the same
-machine; another one may round otherwise, and refuses the file where the probabilities differ.
+a range coder (Martin 1979; that of the library constriction, which the extra `compression`
+installs) with the probabilities of the model's prior, channel after channel. The header names the
+model by a hash of its weights and probabilities: those are needed bit for bit. The decoded image is
+the model's own reconstruction, bit for bit on the same machine; another machine may round
+otherwise, and refuses the file where the probabilities differ.
 
 Axes: b images (here one), c channels, h w sides, k channels of the code, i j its sides, s symbols.
 """
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
-import constriction
 import numpy as np
 import torch
 import yaml
@@ -37,13 +37,11 @@ MAGIC, VERSION = b"\x8fMAE", 1
 # Magic, version, iterations, channels, height, width, the model's hash, bytes of the payload.
 HEADER = struct.Struct("<4sBBBxII8sI")
 CHECKSUM = struct.Struct("<I")
-# Its types are not told to a type checker.
-_stream = cast(Any, constriction).stream
 
 
 @runtime_checkable
-class Coder(Protocol):
-    """What a model offers that files can be written by."""
+class SymbolModel(Protocol):
+    """A model that turns images into symbols, and knows the probabilities of these."""
 
     stride: int
     iterations: int
@@ -58,10 +56,23 @@ class Coder(Protocol):
 
 
 class Encoded(NamedTuple):
-    """A file, and what the model's prior says of its payload."""
+    """The bytes of a file, and the length of its payload by the model's prior."""
 
     data: bytes
     estimated_bits: float
+
+
+class _Header(NamedTuple):
+    """The fields of a file's header, in their order."""
+
+    magic: bytes
+    version: int
+    iterations: int
+    channels: int
+    height: int
+    width: int
+    fingerprint: bytes
+    payload_bytes: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class Codec:
         channels: of the images.
     """
 
-    model: Coder
+    model: SymbolModel
     normalise: Normalise
     channels: int
 
@@ -83,8 +94,10 @@ class Codec:
         """The model of a run of pretraining.
 
         Raises:
-            ValueError: no run, or one of a model that writes no files.
+            ValueError: constriction is not installed, no run, or one of a model that writes no
+                files.
         """
+        _constriction()  # before the model is read
         run = run_of(spec)
         model = cast(Any, load_encoder(spec)).eval()
         if not hasattr(model, "symbols"):
@@ -100,10 +113,10 @@ class Codec:
     def fingerprint(self) -> bytes:
         """Eight bytes of a hash of all weights and of the probabilities made of them."""
         state = cast(Any, self.model).state_dict()
-        parts = [*state.values(), self.model.probabilities(self.model.iterations)]
+        probabilities = self.model.probabilities(self.model.iterations)
         digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part.cpu().contiguous().numpy().tobytes())
+        for tensor in [*state.values(), probabilities]:
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.digest()[:8]
 
     def encode(self, image: UInt8[Tensor, "c h w"], iterations: int | None = None) -> Encoded:
@@ -111,13 +124,14 @@ class Codec:
 
         Args:
             image: of any size.
-            iterations: of a residual coder: fewer are fewer bits. None takes all.
+            iterations: of a residual coder; fewer make a smaller file. None takes all.
 
         Raises:
             ValueError: iterations that the model does not have, or other channels.
         """
         most = self.model.iterations
-        iterations = most if iterations is None else iterations
+        if iterations is None:
+            iterations = most
         if not 1 <= iterations <= most:
             raise ValueError(f"iterations {iterations} must be 1 to {most}, which the model has")
         if len(image) != self.channels:
@@ -126,8 +140,17 @@ class Codec:
         probabilities = self.model.probabilities(iterations)
         payload = write_symbols(symbols[0].numpy(), probabilities.numpy())
         height, width = image.shape[1:]
-        sizes = (iterations, self.channels, height, width)
-        header = HEADER.pack(MAGIC, VERSION, *sizes, self.fingerprint(), len(payload))
+        fields = _Header(
+            MAGIC,
+            VERSION,
+            iterations,
+            self.channels,
+            height,
+            width,
+            self.fingerprint(),
+            len(payload),
+        )
+        header = HEADER.pack(*fields)
         checksum = CHECKSUM.pack(zlib.crc32(header + payload))
         return Encoded(header + checksum + payload, float(table_bits(symbols, probabilities)))
 
@@ -137,46 +160,58 @@ class Codec:
         Raises:
             ValueError: no such file, a damaged one, or one of another model.
         """
-        iterations, height, width, payload = self._read(data)
-        probabilities = self.model.probabilities(iterations)
-        sides = [-(-side // self.model.stride) for side in (height, width)]
-        symbols = read_symbols(payload, probabilities.numpy(), (sides[0], sides[1]))
+        header, payload = self._read(data)
+        probabilities = self.model.probabilities(header.iterations)
+        rows = math.ceil(header.height / self.model.stride)
+        columns = math.ceil(header.width / self.model.stride)
+        symbols = read_symbols(payload, probabilities.numpy(), (rows, columns))
         images = self.model.decode_symbols(torch.from_numpy(symbols)[None])
-        return images[0, :, :height, :width]
+        return images[0, :, : header.height, : header.width]
 
-    def _read(self, data: bytes) -> tuple[int, int, int, bytes]:
-        """Iterations, height, width and payload of a file that is whole and this model's."""
-        if data[: len(MAGIC)] != MAGIC:
-            raise ValueError("it is no file that maepretrain codec wrote")
-        start = HEADER.size + CHECKSUM.size
-        if len(data) < start:
-            raise ValueError(f"it is cut off: {len(data)} bytes are less than its header")
-        fields = HEADER.unpack_from(data)
-        _, version, iterations, channels, height, width, fingerprint, length = fields
-        if version != VERSION:
-            raise ValueError(f"it is of version {version}; this maepretrain reads {VERSION}")
-        payload = data[start:]
-        if len(payload) != length:
-            raise ValueError(f"it holds {len(payload)} bytes of payload, not {length}")
-        if zlib.crc32(data[: HEADER.size] + payload) != CHECKSUM.unpack_from(data, HEADER.size)[0]:
-            raise ValueError("it is damaged: its checksum is wrong")
-        if fingerprint != self.fingerprint():
+    def _read(self, data: bytes) -> tuple[_Header, bytes]:
+        """Header and payload of a file that is whole and this model's."""
+        header, payload = _split(data)
+        if header.fingerprint != self.fingerprint():
             raise ValueError(
                 "it was written by another model, or on a machine that computes other probabilities"
             )
-        assert channels == self.channels and min(height, width) > 0, "the checksum is right"
-        return iterations, height, width, payload
+        assert header.channels == self.channels, "the checksum is right"
+        assert min(header.height, header.width) > 0, "the checksum is right"
+        return header, payload
 
     def pixels(self, image: Float[Tensor, "c h w"]) -> UInt8[Tensor, "c h w"]:
         """Normalised values as pixels."""
         return (self.normalise.undo(image[None])[0] * 255).round().byte()
 
 
+def _split(data: bytes) -> tuple[_Header, bytes]:
+    """Header and payload of a whole file of any model.
+
+    Raises:
+        ValueError: another or a damaged file.
+    """
+    if data[: len(MAGIC)] != MAGIC:
+        raise ValueError("it is no file that maepretrain codec wrote")
+    start = HEADER.size + CHECKSUM.size
+    if len(data) < start:
+        raise ValueError(f"it is cut off: {len(data)} bytes are less than its header")
+    header = _Header(*HEADER.unpack_from(data))
+    if header.version != VERSION:
+        raise ValueError(f"it is of version {header.version}; this maepretrain reads {VERSION}")
+    payload = data[start:]
+    if len(payload) != header.payload_bytes:
+        raise ValueError(f"it holds {len(payload)} bytes of payload, not {header.payload_bytes}")
+    (checksum,) = CHECKSUM.unpack_from(data, HEADER.size)
+    if zlib.crc32(data[: HEADER.size] + payload) != checksum:
+        raise ValueError("it is damaged: its checksum is wrong")
+    return header, payload
+
+
 def write_symbols(
     symbols: Int64[np.ndarray, "k i j"], probabilities: Float64[np.ndarray, "k s"]
 ) -> bytes:
     """Range-code each channel's symbols with its own distribution."""
-    encoder = _stream.queue.RangeEncoder()
+    encoder = _constriction().stream.queue.RangeEncoder()
     for channel, p in zip(symbols, probabilities, strict=True):
         encoder.encode(channel.ravel().astype(np.int32), _distribution(p))
     return encoder.get_compressed().astype("<u4").tobytes()
@@ -185,25 +220,40 @@ def write_symbols(
 def read_symbols(
     payload: bytes, probabilities: Float64[np.ndarray, "k s"], sides: tuple[int, int]
 ) -> Int64[np.ndarray, "k i j"]:
-    """The symbols that `write_symbols` was given.
+    """The symbols in a payload of `write_symbols`.
 
     Raises:
-        ValueError: bytes that are not its.
+        ValueError: another payload.
     """
     if len(payload) % 4:
         raise ValueError(f"{len(payload)} bytes of payload are no whole words")
     words = np.frombuffer(payload, "<u4").astype(np.uint32)
-    decoder = _stream.queue.RangeDecoder(words)
+    decoder = _constriction().stream.queue.RangeDecoder(words)
     try:
         read = [decoder.decode(_distribution(p), sides[0] * sides[1]) for p in probabilities]
-    except AssertionError as error:  # how constriction says it
+    except AssertionError as error:  # constriction's own kind
         raise ValueError(f"the payload cannot be decoded: {error}") from error
     return np.stack(read).astype(np.int64).reshape(len(read), *sides)
 
 
 def _distribution(p: Float64[np.ndarray, "s"]) -> Any:
     """Rounded to 24 bits by constriction, and no symbol impossible."""
-    return _stream.model.Categorical(p, perfect=False)
+    return _constriction().stream.model.Categorical(p, perfect=False)
+
+
+def _constriction() -> Any:
+    """The library of the range coder, which is optional.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import constriction
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "codec needs constriction: pip install 'maepretrain[compression]'"
+        ) from error
+    return constriction
 
 
 def psnr(a: UInt8[Tensor, "c h w"], b: UInt8[Tensor, "c h w"]) -> float:
@@ -213,13 +263,13 @@ def psnr(a: UInt8[Tensor, "c h w"], b: UInt8[Tensor, "c h w"]) -> float:
 
 
 def encode(encoder: str, image: Path, out: Path, iterations: int | None = None) -> int:
-    """Write an image into a file of the model's own, and say how large and how good it is.
+    """Write an image into a small file, and print its size and quality.
 
     Args:
         encoder: the run folder of ae/compression or ae/compression_residual.
         image: a JPEG, PNG, WebP or anything else that PIL reads.
         out: file to write; it replaces an older one, but not the image.
-        iterations: of a residual coder: fewer are fewer bits. Default all.
+        iterations: of a residual coder; fewer make a smaller file. Default all.
 
     Returns:
         0.
@@ -237,11 +287,12 @@ def encode(encoder: str, image: Path, out: Path, iterations: int | None = None) 
     with replacing(out) as file:
         file.write(encoded.data)
     quality = psnr(pixels, codec.pixels(codec.decode(encoded.data)))
-    places = pixels[0].numel()
+    height, width = pixels.shape[1:]
     print(
-        f"{out}: {len(encoded.data):,} bytes for {pixels.shape[2]} x {pixels.shape[1]} pixels, "
-        f"{8 * len(encoded.data) / places:.3f} bits per pixel "
-        f"(payload by the model {encoded.estimated_bits / places:.3f}), PSNR {quality:.2f} dB"
+        f"{out}: {len(encoded.data):,} bytes for {width} x {height} pixels, "
+        f"{8 * len(encoded.data) / (height * width):.3f} bits per pixel "
+        f"(payload by the model {encoded.estimated_bits / (height * width):.3f}), "
+        f"PSNR {quality:.2f} dB"
     )
     return 0
 
@@ -251,7 +302,7 @@ def decode(encoder: str, file: Path, out: Path) -> int:
 
     Args:
         encoder: the run folder that it was written by.
-        file: what `encode` wrote.
+        file: a file of `encode`.
         out: PNG to write; it replaces an older one.
 
     Returns:
@@ -276,7 +327,7 @@ def decode(encoder: str, file: Path, out: Path) -> int:
 
 
 def _check_paths(source: Path, out: Path) -> None:
-    """Before the model is loaded: that there is something to read and a place to write."""
+    """Refuse, before the model is read, a missing source and a folder that is not there."""
     if not source.is_file():
         raise ValueError(f"there is no file {source}")
     if not out.parent.is_dir():
@@ -287,9 +338,12 @@ def _check_paths(source: Path, out: Path) -> None:
 
 def codec_command(verb: str, argv: list[str]) -> int:
     """The verbs `codec encode` and `codec decode`."""
-    function, source = (encode, "image") if verb == "encode" else (decode, "file")
+    if verb == "encode":
+        function, source = encode, "image"
+    else:
+        function, source = decode, "file"
     parser = make_parser(f"codec {verb}", config=False)
-    parser.add_argument(source, type=Path, help="what is read")
-    parser.add_argument("out", type=Path, help="what is written")
+    parser.add_argument(source, type=Path, help="file to read")
+    parser.add_argument("out", type=Path, help="file to write")
     parser.add_function_arguments(function, skip={source, "out"})
     return function(**parse(parser, argv))

@@ -8,30 +8,21 @@ from pathlib import Path
 # Two noisy cores: more threads than one make small models slower, and bit-equality needs a fixed
 # number.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Examples are scripts, tested as modules; benchmarks lie at the root.
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import pytest
 import torch
+from support.runs import TINY
 
 from maepretrain.data.shards.write import Arrays, write_shards
 from maepretrain.workflows.quickstart import digits
 
 torch.set_num_threads(1)
 
-TINY = [
-    *("--model.encoder_width", "32", "--model.encoder_depth", "2", "--model.encoder_heads", "2"),
-    *("--model.decoder_width", "16", "--model.decoder_heads", "2"),
-    *("--data.global_batch", "24", "--data.num_workers", "0", "--trainer.log_every_n_steps", "1"),
-    *("--optim.warmup_epochs", "1", "--checkpoint_every_steps", "1000000"),
-]
-
 
 def pytest_runtest_teardown() -> None:
     """A hook, not a fixture: a fixture of a module that fails may leave ranks behind too."""
-    if "recorder" in sys.modules:
-        sys.modules["recorder"].end_all()
+    if "support.recorder" in sys.modules:
+        sys.modules["support.recorder"].end_all()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,89 @@
+"""The whole autoencoder family under one contract: every config of ae/ trains through the same
+verbs, and on two processes as on one."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from support.autoencoders import CONFIGS, IMAGES, options
+from support.recorder import Ranks
+
+from maepretrain.checkpoints.encoders import load_encoder
+from maepretrain.parsing import find_config
+
+
+def losses(run: Path) -> list[float]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+
+
+def held_out(run: Path) -> float:
+    with (run / "metrics.csv").open(newline="") as file:
+        return [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]][-1]
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_config_trains_and_keeps_the_contract(
+    name: str, shards: Path, tmp_path: Path, run_cli: Callable[..., int]
+) -> None:
+    """20 steps at a learning rate for 256 a step: the loss falls, of training and held-out data."""
+    rate = ["--optim.base_lr", "2e-2"] if name in SLOW_AT_FIRST else []
+    assert run_cli(*options(name, shards, tmp_path / "run", 20), *rate) == 0
+    found = losses(tmp_path / "run")
+    assert len(found) == 20
+    assert sum(found[-5:]) < sum(found[:5])
+    assert list((tmp_path / "run/pictures").glob("step-*.png"))
+
+    model = cast(Any, load_encoder(str(tmp_path / "run"))).eval()
+    images = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    code = model.encode(images)
+    assert code.ndim == 2 and len(code) == 3
+    assert torch.equal(model.encode(images), code)
+    torch.testing.assert_close(model.encode(images[1:2]), code[1:2], atol=1e-5, rtol=1e-4)
+    shown = model.reconstruct(images)
+    assert torch.equal(shown.original, images)
+    assert all(row.shape == images.shape for row in shown)
+    assert "reconstruction" in shown._fields
+    if name == "ae/adversarial_conditional":
+        with pytest.raises(ValueError, match="one of 10 classes"):
+            model.decode(code)
+    elif not hasattr(model, "decode_symbols"):  # what they decode is quantised, and no vector
+        decoded = model.decode(code)
+        assert any(torch.allclose(decoded, row, atol=1e-6) for row in shown)
+    inside = {id(p) for layer in model.layers() for p in layer}
+    assert inside and inside <= {id(p) for p in model.parameters()}
+    with pytest.raises(ValueError, match="the model takes"):
+        model.encode(torch.rand(2, 1, 8, 8))
+
+
+# Their first steps at the config's own rate change little.
+SLOW_AT_FIRST: set[str] = set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMAGES)
+def test_two_processes_equal_one(
+    name: str, shards: Path, tmp_path: Path, run_cli: Callable[..., int]
+) -> None:
+    """SGD: Adam turns a gradient that is zero but for rounding into a full step."""
+    sgd = ["--optim.optimizer", "sgd", "--optim.base_lr", "1e-2"]
+    one = [*options(name, shards, tmp_path / "one", 4), *sgd]
+    assert run_cli(*one) == 0
+    ranks = Ranks(tmp_path / "log", [*options(name, shards, tmp_path / "two", 4), *sgd], 2)
+    assert ranks.wait() == [0, 0], ranks.output()
+    states = [
+        torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for run in ("one", "two")
+    ]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for weight in states[0]:
+        torch.testing.assert_close(states[1][weight], states[0][weight], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_stands_alone(name: str) -> None:
+    text = find_config(name).read_text()
+    assert all(f"\n{section}:" in text for section in ("seed", "model", "data", "optim", "trainer"))

@@ -1,11 +1,14 @@
-"""Writing files so that a full disk, a kill or a power cut leaves the old one or the new one."""
+"""Writing files so that a full disk, a kill or a power cut leaves the old one or the new one, and
+that no two processes write into one at the same time."""
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 from uuid import uuid4
+
+from filelock import FileLock
 
 
 @contextmanager
@@ -27,3 +30,22 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Exclude all other processes and threads that lock this path, by a file `NAME.lock` beside it.
+
+    The lock ends with its process, however that ends, and its file with the lock. A disk without
+    locks excludes nobody.
+    """
+    lock = FileLock(f"{path}.lock", poll_interval=0.01, fallback_to_soft=False)
+    with suppress(OSError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            # Whoever waits for a file that is gone by the time it gets the lock takes a new one.
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()

@@ -3,11 +3,11 @@
 import csv
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
-from fcntl import LOCK_EX, flock
 from io import StringIO
 from pathlib import Path
 from typing import IO, NamedTuple
+
+from maepretrain.files import locked
 
 CORRUPT_INPUT = "unreadable input"
 CUT_OFF_INPUT = "input cut off"
@@ -96,9 +96,8 @@ class ErrorList:
         """
         if all(error[:3] in self._known for error in errors):
             return
-        with self.path.open("a+b") as file:
-            with suppress(OSError):  # a disk without locks: two processes may list one error
-                flock(file, LOCK_EX)
+        # On a disk without locks two processes may list one error.
+        with locked(self.path), self.path.open("a+b") as file:
             self._read(file)
             new = list({f[:3]: f for f in errors if f[:3] not in self._known}.values())
             head = [] if self._read_to else [ErrorRow._fields]

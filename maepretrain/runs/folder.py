@@ -5,15 +5,14 @@ RUN/config.yaml  status.json  starts.json  metrics.csv  events.out.tfevents.*  p
     checkpoints/{last,best,...}.ckpt
 """
 
-import fcntl
 import platform
 import shutil
-import time
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from maepretrain.checkpoints.sharded import (
@@ -28,8 +27,8 @@ from maepretrain.runs.configuration import changes
 from maepretrain.runs.loggers import AppendingCSVLogger
 from maepretrain.runs.status import read_status, versions, write_start, write_status
 
-# Seconds for which a lock is tried.
-LOCK_ATTEMPTS = 8
+# Seconds to wait for the lock: a killed run's loader processes may hold it until they notice.
+LOCK_PATIENCE = 8
 # What may differ where a resume is asked for the same configuration: how long the run is, where it
 # runs, and what it keeps.
 ELSEWHERE = (
@@ -87,7 +86,7 @@ class RunFolder:
             raise ValueError(f"ckpt_path {ckpt_path} is for a run that goes on: add --resume")
         self._resume, self._overwrite, self._config = resume, overwrite, config
         self._ckpt_path, self._same_config = ckpt_path, same_config
-        self._lock: IO[str] | None = None
+        self._lock = FileLock(path / ".lock")
         self._old: list[Path] = []
         self._began = self._ended = False
         self.resume_from: Path | None = None
@@ -102,13 +101,12 @@ class RunFolder:
                 (recover if is_rank_zero() else await_recovery)(folder)
             self.resume_from = choose(folder, self._ckpt_path) if self._resume else None
         except ValueError:
-            if self._lock is not None:
-                self._unlock()
+            self._lock.release()
             raise
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if self._lock is None:
+        if not self._lock.is_locked:
             return
         if error is not None and not (self.path / "checkpoints").exists():
             self._leave()
@@ -118,9 +116,7 @@ class RunFolder:
                 # Lightning makes a SystemExit of a second Ctrl-C.
                 at_once = issubclass(error, KeyboardInterrupt | SystemExit)
                 self.mark(state="stopped" if at_once else "failed")
-        # Loader processes inherited the lock; it must not outlive the run with them.
-        fcntl.flock(self._lock, fcntl.LOCK_UN)
-        self._lock.close()
+        self._lock.release()
 
     def _claim(self) -> None:
         """Lock the folder and look at what it holds; nothing in it changes before `begin()`."""
@@ -133,7 +129,7 @@ class RunFolder:
             raise ValueError(f"folder {self.path} is not empty and holds no run: take another one")
         self._take_lock()
         if saved.exists() and not (self._resume or self._overwrite):
-            self._unlock()
+            self._lock.release()
             raise ValueError(
                 f"run folder {self.path} holds a run already: add --resume to go on with it, "
                 "--overwrite to delete it, or take another --run"
@@ -146,33 +142,17 @@ class RunFolder:
         """A job that always resumes must not go on with another experiment's run by mistake."""
         differs = [line for line in changes(before, self._config) if not line.startswith(ELSEWHERE)]
         if differs:
-            self._unlock()
+            self._lock.release()
             raise ValueError(
                 f"run folder {self.path} belongs to another configuration: {'; '.join(differs)}; "
                 "take another --run, or go on with what has changed by --same_config false"
             )
 
     def _take_lock(self) -> None:
-        lock = (self.path / ".lock").open("w")
-        # A killed run's loader processes hold its lock until they notice, some seconds later.
-        for attempt in range(LOCK_ATTEMPTS):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if attempt == LOCK_ATTEMPTS - 1:
-                    lock.close()
-                    raise ValueError(
-                        f"another process is writing into run folder {self.path}"
-                    ) from None
-                time.sleep(1)
-        self._lock = lock
-
-    def _unlock(self) -> None:
-        assert self._lock is not None
-        fcntl.flock(self._lock, fcntl.LOCK_UN)
-        self._lock.close()
-        self._lock = None
+        try:
+            self._lock.acquire(timeout=LOCK_PATIENCE)
+        except Timeout:
+            raise ValueError(f"another process is writing into run folder {self.path}") from None
 
     def begin(self, step: int = 0, applied: dict[str, str] | None = None) -> None:
         """Training starts: delete the run that is overwritten, write down this one's configuration.

@@ -1,10 +1,7 @@
 """Figures of an evaluation: scores, mean and spread over seeds, results.json, the printed table."""
 
-import fcntl
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from maepretrain.files import replacing
+from maepretrain.files import locked, replacing
 from maepretrain.runs.status import versions
 
 # From so many classes on, being among the first five says something.
@@ -88,21 +85,11 @@ def write_results(where: Path, evaluator: str, result: dict[str, Any]) -> Path:
     path = where if where.suffix == ".json" else where / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two evaluations of one run may end at the same time.
-    with _locked(path.parent):
+    with locked(path):
         results = read_results(path) | {evaluator: result | {"versions": versions()}}
         with replacing(path) as file:
             file.write(json.dumps(results, indent=1).encode() + b"\n")
     return path
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -7,8 +7,6 @@ first one's graph would be NaN.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
-from fcntl import LOCK_EX, flock
 from os import SEEK_END
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +20,7 @@ from torch import distributed as dist
 from maepretrain.data.batch import Batch
 from maepretrain.data.errors import as_csv
 from maepretrain.data.module import ShardData
+from maepretrain.files import locked
 from maepretrain.ranks import say
 from maepretrain.strategies.sharded import local_tensors
 
@@ -108,9 +107,8 @@ class NonFinite(L.Callback):
         rows = [
             (step, module.global_rank, p, *name) for p, name in zip(positions, names, strict=True)
         ]
-        with path.open("ab") as file:
-            with suppress(OSError):  # a disk without locks: the head may come twice
-                flock(file, LOCK_EX)
+        # On a disk without locks the head may come twice.
+        with locked(path), path.open("ab") as file:
             head = [] if file.seek(0, SEEK_END) else [COLUMNS]
             file.write(as_csv([*head, *rows]))
         if self.skipped == 1:

@@ -67,7 +67,7 @@ def test_a_resume_takes_the_checkpoint_that_is_asked_for(tmp_path: Path) -> None
 def test_two_processes_do_not_write_into_one_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "LOCK_ATTEMPTS", 1)
+    monkeypatch.setattr(runs, "LOCK_PATIENCE", 0)
     with RunFolder(tmp_path / "run", resume=False, overwrite=False, config="a: 1\n") as folder:
         folder.begin()
         (folder.path / "checkpoints").mkdir()

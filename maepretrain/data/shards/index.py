@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from fcntl import LOCK_EX, flock
 from functools import partial
 from glob import glob
 from multiprocessing import get_context
@@ -31,7 +30,7 @@ from maepretrain.data.errors import KINDS, ShardError
 from maepretrain.data.shards.tar import Columns, scan
 from maepretrain.data.stores.cache import ShardCache
 from maepretrain.data.stores.remote import is_remote
-from maepretrain.files import replacing
+from maepretrain.files import locked, replacing
 
 _T = TypeVar("_T")
 
@@ -244,8 +243,7 @@ def open_remote(cache: ShardCache, url: str) -> Shard:
     head = _fresh_head(sidecar)
     if head is None:
         sidecar.parent.mkdir(parents=True, exist_ok=True)
-        with sidecar.with_suffix(".lock").open("w") as lock:
-            flock(lock, LOCK_EX)  # the other processes of the node wait for the index
+        with locked(sidecar):  # the other processes of the node wait for the index
             head = _fresh_head(sidecar)
             if head is None:
                 _fetch_index(url, sidecar, cache)

@@ -33,7 +33,7 @@ def child(argv: list[str]) -> int:
     from lightning.pytorch.trainer.connectors import checkpoint_connector
 
     from maepretrain.cli.main import main
-    from maepretrain.strategies.sharded import Sharded, local_tensors
+    from maepretrain.strategies.sharded import ShardedStrategy, local_tensors
     from maepretrain.training.callbacks.throughput import Throughput
 
     def note(what: str, **values: float) -> None:
@@ -43,7 +43,7 @@ def child(argv: list[str]) -> int:
     def held(trainer: L.Trainer) -> dict[str, float]:
         strategy = cast(Any, trainer.strategy)
         weights = [t for p in trainer.lightning_module.parameters() for t in local_tensors(p)]
-        optimizer = strategy if isinstance(strategy, Sharded) else None
+        optimizer = strategy if isinstance(strategy, ShardedStrategy) else None
         states = optimizer.optimizer_states() if optimizer else trainer.optimizers[0].state
         found = [local_tensors(v)[0] for state in states.values() for v in state.values()]
         return {"weights": _bytes(weights), "optimizer": _bytes(found)}

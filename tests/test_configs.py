@@ -11,7 +11,7 @@ from maepretrain.evaluate.finetune import finetune_parser
 from maepretrain.evaluate.knn import knn_parser
 from maepretrain.evaluate.probe import probe_parser
 from maepretrain.parsing import configs_folder, find_config, shipped_configs
-from maepretrain.training.fit import in_steps
+from maepretrain.training.trainer_arguments import in_steps
 from maepretrain.workflows.pretrain import pretrain_parser
 
 SIZES = ("base", "large", "huge")

@@ -28,8 +28,8 @@ from maepretrain.files import replacing
 from maepretrain.parsing import make_parser, parse
 from maepretrain.ranks import quiet_lightning, say
 from maepretrain.runs.results import print_columns, write_results
-from maepretrain.training.fit import set_threads
 from maepretrain.training.optimizer import Optimization
+from maepretrain.training.trainer_arguments import set_threads
 
 # Of each stage: `bytes`, `ratio` to float32, `top1`.
 Stages = dict[str, dict[str, int | float]]

@@ -26,14 +26,15 @@ from maepretrain.plots import confusion_matrix, most_confused
 from maepretrain.ranks import say
 from maepretrain.runs.folder import RunFolder
 from maepretrain.runs.results import print_table, spread, write_results
-from maepretrain.strategies.sharded import Sharded
+from maepretrain.strategies.sharded import ShardedStrategy
 from maepretrain.training.callbacks.last_checkpoint import LastCheckpoint
-from maepretrain.training.callbacks.pictures import show_in_tensorboard
+from maepretrain.training.callbacks.pictures import log_picture
 from maepretrain.training.callbacks.throughput import Throughput
 from maepretrain.training.experiment import add_experiment, of_rank, run_experiment
-from maepretrain.training.fit import fit, in_steps, set_threads
+from maepretrain.training.fit import fit
 from maepretrain.training.nonfinite import NonFinite
 from maepretrain.training.optimizer import Optimization
+from maepretrain.training.trainer_arguments import in_steps, set_threads
 
 FIGURES = ("top1", "top5", "mean_per_class", "mAP", "r2", "n", "minutes", "img_per_s")
 
@@ -123,8 +124,17 @@ def finetune(
     """
     set_threads(threads)
     guard = NonFinite(nonfinite)
-    folder = RunFolder(run, resume, overwrite, config, ckpt_path, same_config)
-    last = LastCheckpoint(folder, checkpoint_every_steps, checkpoint_every_minutes)
+    folder = RunFolder(
+        run,
+        resume=resume,
+        overwrite=overwrite,
+        config=config,
+        ckpt_path=ckpt_path,
+        same_config=same_config,
+    )
+    last = LastCheckpoint(
+        folder, every_steps=checkpoint_every_steps, every_minutes=checkpoint_every_minutes
+    )
     table = _use_targets(data, task, targets, classes)
     if table is not None and (label_fraction != 1 or labels_per_class is not None):
         raise ValueError(f"a share of the labels is taken by class, and {task} has none")
@@ -165,7 +175,7 @@ def _require_last_validation(trainer: dict[str, Any]) -> None:
     """
     micro_batches = trainer["max_steps"] * (trainer.get("accumulate_grad_batches") or 1)
     interval = trainer["val_check_interval"]
-    if isinstance(trainer.get("strategy"), Sharded) and micro_batches % interval:
+    if isinstance(trainer.get("strategy"), ShardedStrategy) and micro_batches % interval:
         raise ValueError(
             f"a validation every {interval} micro-batches leaves the last of {micro_batches} "
             "without one: set trainer.check_val_every_n_epoch to a divisor of max_epochs"
@@ -229,9 +239,7 @@ def _report(
     if module.targets is None:
         draw(run / "pictures", data, module.logits_of_all, module.truth_of_all)
         for picture in (run / "pictures").glob("finetune-*.png"):
-            show_in_tensorboard(
-                engine, picture.stem, np.asarray(Image.open(picture).convert("RGB"))
-            )
+            log_picture(engine, picture.stem, np.asarray(Image.open(picture).convert("RGB")))
     print_table({str(about["encoder"]): {k: v for k, v in result.items() if k in FIGURES}})
     name, figure = next(iter(module.scores.items()))
     name = "accuracy" if name == "top1" else name

@@ -51,7 +51,7 @@ from maepretrain.models.mae.model import MaskedAutoencoder
 from maepretrain.parsing import UserError, allow_bare_flags, make_parser
 from maepretrain.ranks import quiet_lightning
 from maepretrain.runs.results import print_columns
-from maepretrain.training.fit import in_steps
+from maepretrain.training.trainer_arguments import in_steps
 from maepretrain.workflows.pretrain import pretrain_parser
 
 

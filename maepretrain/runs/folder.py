@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 
 from maepretrain.checkpoints.sharded import (
     await_recovery,
@@ -24,7 +24,7 @@ from maepretrain.checkpoints.sharded import (
 from maepretrain.files import replacing
 from maepretrain.ranks import is_rank_zero, say
 from maepretrain.runs.configuration import changes
-from maepretrain.runs.loggers import AppendingCSVLogger
+from maepretrain.runs.loggers import make_loggers
 from maepretrain.runs.status import read_status, versions, write_start, write_status
 
 # Seconds to wait for the lock: a killed run's loader processes may hold it until they notice.
@@ -73,6 +73,7 @@ class RunFolder:
     def __init__(
         self,
         path: Path,
+        *,
         resume: bool,
         overwrite: bool,
         config: str,
@@ -211,12 +212,7 @@ class RunFolder:
     def loggers(self) -> list[Logger]:
         """CSV (appends on a resume) and TensorBoard, both straight in the run folder."""
         state = self.state()
-        step = 0 if state is None else int(state["global_step"])
-        folder = str(self.path)
-        return [
-            AppendingCSVLogger(folder, keep_until=step),
-            TensorBoardLogger(folder, name="", version="", purge_step=step or None),
-        ]
+        return make_loggers(self.path, step=0 if state is None else int(state["global_step"]))
 
 
 def environment() -> dict[str, str]:

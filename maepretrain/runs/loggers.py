@@ -1,58 +1,47 @@
-"""Loggers of a run folder: metrics.csv that goes on after a resume."""
+"""Loggers of a run folder: metrics.csv that goes on after a resume, and TensorBoard events."""
 
 import csv
+from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from maepretrain.files import replacing
-from maepretrain.ranks import is_rank_zero
+from maepretrain.lightning_internals import AppendingCSVLogger
 
 
-class AppendingCSVLogger(CSVLogger):
-    """Lightning's CSVLogger, which deletes an existing metrics.csv, made to go on with it.
+def make_loggers(run: Path, step: int) -> list[Logger]:
+    """Make the two loggers of a run, straight in its folder.
 
     Args:
-        save_dir: the run folder; the file is `save_dir/metrics.csv`.
-        keep_until: the step that is resumed. Rows written after it belong to steps that will run
-            again and go.
+        run: the run folder.
+        step: optimizer steps that are done. What was logged of later ones goes: they run again.
     """
-
-    def __init__(self, save_dir: str, keep_until: int) -> None:
-        super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=1)
-        self._keep_until = keep_until
-
-    @property
-    def experiment(self) -> Any:
-        if self._experiment is None and is_rank_zero():
-            self._experiment = _AppendingWriter(self.log_dir, self._keep_until)
-        return super().experiment
+    return [
+        AppendingCSVLogger(str(run), partial(drop_later_rows, step=step)),
+        TensorBoardLogger(str(run), name="", version="", purge_step=step or None),
+    ]
 
 
-class _AppendingWriter(ExperimentWriter):
-    def __init__(self, log_dir: str, keep_until: int) -> None:
-        self._keep_until = keep_until
-        super().__init__(log_dir)
+def drop_later_rows(path: Path, step: int) -> list[str]:
+    """Drop the rows of metrics.csv from a step on, and return its columns.
 
-    def _check_log_dir_exists(self) -> None:
-        path = Path(self.metrics_file_path)
-        if not path.exists():
-            return
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            # A row carries the number of steps before its own.
-            rows = [row for row in reader if self._survives(row["step"])]
-            self.metrics_keys = list(reader.fieldnames or [])
-        text = StringIO()
-        writer = csv.DictWriter(text, self.metrics_keys)
-        writer.writeheader()
-        writer.writerows(rows)
-        with replacing(path) as file:
-            file.write(text.getvalue().encode())
+    A row of a step carries the number of steps before it. Half a row, which a full disk left, goes
+    too.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = [row for row in reader if _is_before(row["step"], step)]
+        columns = list(reader.fieldnames or [])
+    text = StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
+    return columns
 
-    def _survives(self, step: str | None) -> bool:
-        """Not a row of steps that will run again, nor half a row that a full disk left."""
-        return step is not None and step.isdigit() and int(step) < self._keep_until
+
+def _is_before(row_step: str | None, step: int) -> bool:
+    return row_step is not None and row_step.isdigit() and int(row_step) < step

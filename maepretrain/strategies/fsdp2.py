@@ -9,20 +9,20 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from maepretrain.checkpoints.sharded import WEIGHT, Fragment
-from maepretrain.strategies.sharded import Sharded, made, require_shardable
+from maepretrain.strategies.sharded import ShardedStrategy, require_shardable, state_tensors
+from maepretrain.torch_internals import local_slice
 
-# What evaluation calls of a model, besides its forward.
-METHODS = ("encode", "features", "reconstruct")
+# Evaluation calls them, besides the model's forward.
+FORWARD_METHODS = ("encode", "features", "reconstruct")
 
 
-class FSDP2(Sharded, ModelParallelStrategy):
+class FSDP2(ShardedStrategy, ModelParallelStrategy):
     """Every process has its share of each tensor, and gathers a block's when it computes it."""
 
     def setup_environment(self) -> None:
-        """One axis of data parallelism over all processes."""
+        """Set up one axis of data parallelism over all processes."""
         require_shardable(self.trained_module(), "FSDP2")
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
@@ -32,8 +32,7 @@ class FSDP2(Sharded, ModelParallelStrategy):
         """Divide models; what is divided already stays.
 
         Args:
-            units: gathered as a whole where they are called, but for the blocks in them, which are
-                gathered one by one.
+            units: each is gathered where it is called, its blocks one by one.
         """
         mesh = self.device_mesh["data_parallel"]
         for unit in units:
@@ -42,7 +41,7 @@ class FSDP2(Sharded, ModelParallelStrategy):
             for block in _blocks(unit):
                 fully_shard(block, mesh=mesh)
             fully_shard(unit, mesh=mesh)
-            for method in METHODS:
+            for method in FORWARD_METHODS:
                 if hasattr(unit, method):
                     register_fsdp_forward_method(unit, method)
 
@@ -52,34 +51,42 @@ class FSDP2(Sharded, ModelParallelStrategy):
     def optimizer_groups(self) -> list[dict[str, Any]]:
         return self.optimizers[0].param_groups
 
-    def fragments(self, kinds: dict[str, bool] | None = None) -> Iterator[Fragment]:
-        """What this process holds; of tensors that every process holds, rank zero writes."""
-        fused = bool(self.optimizer_groups()[0].get("fused"))
+    def fragments(self, expected: dict[str, bool] | None = None) -> Iterator[Fragment]:
+        """Yield this process's numbers; of tensors that every process holds, rank zero writes."""
         parameters = dict(self.trained_module().named_parameters())
         for name, tensor in self.trained_module().state_dict().items():
-            owner = parameters.get(name)
-            values = {WEIGHT: tensor}
-            if owner is not None and owner.requires_grad:
-                values |= made(self.optimizer_states()[owner], owner.detach(), kinds, fused)
-            shape = tuple(tensor.shape)
-            if not isinstance(tensor, DTensor):
+            values = {WEIGHT: tensor} | self._state(parameters.get(name), expected)
+            if isinstance(tensor, DTensor):
+                yield _local_fragment(name, tensor, values)
+            else:
                 whole = {k: v.view(-1) if v.ndim else v for k, v in values.items()}
-                yield Fragment(name, 0, whole, shape, self.global_rank == 0)
-                continue
-            local, begin = compute_local_shape_and_global_offset(
-                tensor.shape, tensor.device_mesh, tensor.placements
-            )
-            start = (
-                begin[0] * (tensor.numel() // max(1, shape[0])) if torch.Size(local).numel() else 0
-            )
-            own = {
-                k: v.to_local().view(-1) if isinstance(v, DTensor) else v for k, v in values.items()
-            }
-            yield Fragment(name, start, own, shape, True)
+                shape = tuple(tensor.shape)
+                yield Fragment(name, 0, whole, shape, written=self.global_rank == 0)
+
+    def _state(
+        self, parameter: nn.Parameter | None, expected: dict[str, bool] | None
+    ) -> dict[str, Tensor]:
+        """The optimizer's state of a parameter; empty for buffers and what is frozen."""
+        if parameter is None or not parameter.requires_grad:
+            return {}
+        fused = bool(self.optimizer_groups()[0].get("fused"))
+        state = self.optimizer_states()[parameter]
+        return state_tensors(state, parameter.detach(), expected, on_device=fused)
+
+
+def _local_fragment(name: str, tensor: DTensor, values: dict[str, Tensor]) -> Fragment:
+    """This process's part of a tensor that is divided along its first axis."""
+    shape = tuple(tensor.shape)
+    local_shape, begin = local_slice(tensor)
+    start = 0
+    if torch.Size(local_shape).numel():
+        start = begin[0] * (tensor.numel() // max(1, shape[0]))
+    own = {k: v.to_local().view(-1) if isinstance(v, DTensor) else v for k, v in values.items()}
+    return Fragment(name, start, own, shape, written=True)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost members of lists and sequences that are more than one layer."""
+    """Yield the outermost modules of lists and sequences that are more than one layer."""
     listed = isinstance(module, nn.ModuleList | nn.Sequential)
     for child in module.children():
         if listed and sum(1 for _ in child.parameters()) > 2:

@@ -1,5 +1,4 @@
-"""What engines that divide a model among processes have in common under Lightning: one way to save
-and to resume, and refusals."""
+"""Strategies that divide a model among processes: one way to save and to resume, and refusals."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,17 +6,18 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.types import _PATH
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from maepretrain.checkpoints.sharded import WEIGHT, Fragment, Saved, load, numbered, save
+from maepretrain.strategies.deepspeed_internals import held_by_stage_3
 
 
-class Sharded:
-    """Mixed into a Lightning strategy, before it: checkpoints as fragments (see `fragments.py`).
+class ShardedStrategy:
+    """Checkpoints as fragments (see `checkpoints/fragments.py`), for a Lightning strategy.
 
-    A strategy gives `fragments()`, its memory under the names of the state dict.
+    Stands before Lightning's class among the bases of a strategy, which gives `fragments()`: its
+    memory under the names of the state dict.
     """
 
     @property
@@ -34,10 +34,10 @@ class Sharded:
         return {}
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Nothing: `load_model_state_dict` has done it."""
+        """Do nothing: `load_model_state_dict` has done it."""
 
     def trained_module(self) -> L.LightningModule:
-        """The module, in no wrapper."""
+        """The LightningModule without what wraps it."""
         return cast(Any, self).lightning_module
 
     def optimizer_states(self) -> dict[Tensor, dict[str, Any]]:
@@ -48,21 +48,24 @@ class Sharded:
         """The optimizer's parameter groups with their settings."""
         raise NotImplementedError
 
-    def fragments(self, kinds: dict[str, bool] | None = None) -> Iterator[Fragment]:
-        """This process's share of the module's tensors and of the optimizer's state.
+    def fragments(self, expected: dict[str, bool] | None = None) -> Iterator[Fragment]:
+        """Yield this process's share of the module's tensors and of the optimizer's state.
 
         Args:
-            kinds: state of the optimizer that is about to be loaded, and whether it is a single
+            expected: state of the optimizer that is about to be loaded, and whether it is a single
                 number for a parameter: made where it is missing. None leaves it as it is.
         """
         raise NotImplementedError
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
+        self,
+        checkpoint: dict[str, Any],
+        filepath: str | Path,
+        storage_options: Any | None = None,
     ) -> None:
         """Save a folder; all processes meet."""
-        skipped = ("state_dict", "optimizer_states")
-        meta = {k: v for k, v in checkpoint.items() if k not in skipped}
+        left_out = ("state_dict", "optimizer_states")
+        meta = {name: value for name, value in checkpoint.items() if name not in left_out}
         path = Path(cast(Any, self).broadcast(filepath))
         module = cast(Any, self.trained_module())
         groups = numbered(self.optimizer_groups(), module.group_sizes)
@@ -71,21 +74,25 @@ class Sharded:
         def agree(done: bool) -> bool:
             return cast(Any, self).reduce_boolean_decision(done, all=True)
 
-        save(path, meta, self.fragments(), cast(Any, self).global_rank, agree)
+        save(path, meta, self.fragments(), rank=cast(Any, self).global_rank, agree=agree)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {fragment.name: fragment.shape for fragment in self.fragments()}
 
     def load_checkpoint(
-        self, checkpoint_path: _PATH, weights_only: bool | None = None
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Everything of a checkpoint but numbers, which `load_model_state_dict` reads."""
         self._saved = Saved(Path(cast(Any, self).broadcast(checkpoint_path)))
         dropped = ("state_dict", "optimizer_states", "files", "shapes", "optimizer_groups")
-        return {k: v for k, v in self._saved.meta.items() if k not in dropped}
+        return {name: value for name, value in self._saved.meta.items() if name not in dropped}
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """Fill this process's share from the checkpoint that was opened."""
+        """Fill this process's share from the checkpoint that was opened.
+
+        Raises:
+            ValueError: a checkpoint of another model, or one that does not name its parameters.
+        """
         saved = self._saved
         saved.check(self._shapes())
         trained = saved.meta.get("parameter_names")
@@ -93,49 +100,53 @@ class Sharded:
             raise ValueError(
                 f"checkpoint {saved.path} is of an older maepretrain: resume it by ddp"
             )
-        kinds: dict[str, bool] = {}
-        for name in trained[:1]:
-            for kind in saved.kinds(name) - {WEIGHT}:
-                kinds[kind] = saved.single(kind, name) is not None
         with torch.no_grad():
-            load(self.fragments(kinds), saved)
+            load(self.fragments(_optimizer_kinds(saved, trained)), saved)
         del self._saved
 
 
-def made(
-    state: dict[str, Any], like: Tensor, kinds: dict[str, bool] | None, on_device: bool
+def _optimizer_kinds(saved: Saved, trained: list[str]) -> dict[str, bool]:
+    """The kinds of optimizer state in a checkpoint, and whether each is a single number.
+
+    The first parameter shows them: all have the same.
+    """
+    if not trained:
+        return {}
+    name = trained[0]
+    return {kind: saved.single(kind, name) is not None for kind in saved.kinds(name) - {WEIGHT}}
+
+
+def state_tensors(
+    state: dict[str, Any], like: Tensor, expected: dict[str, bool] | None, *, on_device: bool
 ) -> dict[str, Tensor]:
-    """The tensors of an optimizer's state, made where they are wanted and missing.
+    """The tensors of an optimizer's state; those that are expected and missing are made.
 
     Args:
         state: of one tensor, changed in place.
         like: that tensor.
-        kinds: what is wanted, and whether it is a single number.
+        expected: kinds of state, and whether each is a single number.
         on_device: whether single numbers belong on the device (fused optimizers').
     """
-    for kind, single in (kinds or {}).items():
-        if not isinstance(state.get(kind), Tensor):
-            device = like.device if on_device or not single else torch.device("cpu")
-            state[kind] = (
-                torch.zeros((), dtype=torch.float32, device=device)
-                if single
-                else torch.zeros_like(like)
-            )
+    for kind, single in (expected or {}).items():
+        if isinstance(state.get(kind), Tensor):
+            continue
+        if single:
+            device = like.device if on_device else torch.device("cpu")
+            state[kind] = torch.zeros((), dtype=torch.float32, device=device)
+        else:
+            state[kind] = torch.zeros_like(like)
     return {kind: value for kind, value in state.items() if isinstance(value, Tensor)}
 
 
 def local_tensors(tensor: Tensor) -> list[Tensor]:
-    """The memory in which this process holds a tensor, or its part of one: DTensors of FSDP2, the
-    partition of ZeRO-3 and, where it keeps a small one whole too, that."""
+    """The memory in which this process holds a tensor, or its part of one: the local part of
+    FSDP2's DTensors, the partition of ZeRO-3 and, where it keeps a small one whole too, that."""
     if isinstance(tensor, DTensor):
         return [tensor.to_local()]
-    if (part := getattr(tensor, "ds_tensor", None)) is not None:
-        whole = [tensor.data] if tensor.numel() == cast(Any, tensor).ds_numel else []
-        return [part, *whole]
-    return [tensor]
+    return held_by_stage_3(tensor) or [tensor]
 
 
-def require_shardable(module: nn.Module, engine: str) -> None:
+def require_shardable(module: nn.Module, strategy: str) -> None:
     """Refuse a model that has not been made for, and tested on, a divided memory.
 
     Raises:
@@ -144,6 +155,6 @@ def require_shardable(module: nn.Module, engine: str) -> None:
     model = cast(Any, module).model
     if not getattr(model, "shardable", False):
         raise ValueError(
-            f"{type(model).__name__} does not run under {engine}, which divides models among "
+            f"{type(model).__name__} does not run under {strategy}, which divides models among "
             "processes: take -c strategy/ddp"
         )

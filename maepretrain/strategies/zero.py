@@ -3,8 +3,8 @@
 Lightning's strategy assumes CUDA; this one runs the same on CPU processes over gloo, so that what a
 cluster runs is what tests run. On CUDA every override of a device is Lightning's own. Two things
 are ours everywhere: mixed precision is autocast over fp32 parameters, as under DDP (DeepSpeed's own
-casts the parameters), and checkpoints are fragments (see `fragments.py`), which any engine resumes
-on any number of processes.
+casts the parameters), and checkpoints are fragments (see `checkpoints/fragments.py`), which any
+strategy resumes on any number of processes.
 """
 
 import logging
@@ -17,10 +17,17 @@ import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 from torch import Tensor
-from torch import distributed as dist
 
 from maepretrain.checkpoints.sharded import WEIGHT, Fragment
-from maepretrain.strategies.sharded import Sharded, made, require_shardable
+from maepretrain.lightning_internals import call_through_wrapper
+from maepretrain.strategies.deepspeed_internals import (
+    Part,
+    disable_kernels,
+    external_parameters,
+    part_of_group,
+    part_of_parameter,
+)
+from maepretrain.strategies.sharded import ShardedStrategy, require_shardable, state_tensors
 
 AUTOCAST = {"bf16-mixed": "bfloat16"}
 
@@ -34,12 +41,14 @@ class _Precision(DeepSpeedPrecision):
     def backward(
         self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Gradients of a loss that Lightning has divided by the accumulated micro-batches, and
-        DeepSpeed would divide again. AdamW hides it, clipping and SGD do not."""
+        """Compute gradients of a loss that Lightning has divided by the accumulated micro-batches.
+
+        DeepSpeed would divide again. AdamW hides it, clipping and SGD do not.
+        """
         model.trainer.model.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
 
-class ZeRO(Sharded, DeepSpeedStrategy):
+class ZeRO(ShardedStrategy, DeepSpeedStrategy):
     """ZeRO: optimizer state (stage 1), also gradients (2), also parameters (3) divided among
     processes.
 
@@ -61,7 +70,7 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         keep_whole: int = 10_000,
     ) -> None:
         self.on_cuda = torch.cuda.is_available()
-        _prepare(self.on_cuda)
+        _import_deepspeed(on_cuda=self.on_cuda)
         zero: dict[str, Any] = {
             "stage": stage,
             "overlap_comm": self.on_cuda,
@@ -83,16 +92,19 @@ class ZeRO(Sharded, DeepSpeedStrategy):
             "zero_optimization": zero,
         }
         super().__init__(config=settings, logging_level=logging.ERROR)
-        self.stage, self.offload = stage, offload
+        self.stage = stage
+        self.offload = offload
 
     def setup_environment(self) -> None:
-        """Processes and devices; on CPU without the check that refuses it."""
+        """Set up processes and devices; on CPU without Lightning's check, which refuses it."""
         if self.offload and not self.on_cuda:
             raise ValueError("ZeRO's offload moves memory from a GPU, and this machine has none")
         precision = self.precision_plugin.precision
         if precision not in ("32-true", *AUTOCAST):
             raise ValueError(f"precision {precision} under ZeRO: take 32-true or bf16-mixed")
         self.precision_plugin = _Precision(cast(Any, precision))
+        if precision in AUTOCAST:
+            self._use_autocast(AUTOCAST[precision])
         require_shardable(self.trained_module(), f"ZeRO-{self.stage}")
         if self.on_cuda:
             super().setup_environment()
@@ -100,8 +112,24 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         ParallelStrategy.setup_environment(self)
         self.setup_distributed()
 
+    def _use_autocast(self, dtype: str) -> None:
+        """Configure torch's autocast in the place of DeepSpeed's own mixed precision."""
+        assert isinstance(self.config, dict)
+        # Lightning turns DeepSpeed's own on where nothing is said of it.
+        self.config["bf16"] = {"enabled": False}
+        # DeepSpeed's own linear layer rounds a bias apart, and the loss would be another than
+        # DDP's (.004 after 8 steps). Without it the backward pass keeps bf16 copies of weights,
+        # two bytes a parameter, unless activations are checkpointed.
+        self.config["zero_optimization"]["memory_efficient_linear"] = False
+        # Gradients travel in fp32, as under DDP.
+        self.config["torch_autocast"] = {
+            "enabled": True,
+            "dtype": dtype,
+            "lower_precision_safe_modules": [],
+        }
+
     def setup_distributed(self) -> None:
-        """DeepSpeed's process group; devices that it can number."""
+        """Start DeepSpeed's process group, with devices that it can number."""
         if not self.on_cuda:
             assert self.parallel_devices is not None
             count = len(self.parallel_devices)
@@ -112,23 +140,6 @@ class ZeRO(Sharded, DeepSpeedStrategy):
     def root_device(self) -> torch.device:
         """This process's device; with a number on CPU too."""
         return super().root_device if self.on_cuda else torch.device("cpu", self.local_rank)
-
-    def _format_config(self) -> None:
-        super()._format_config()
-        assert isinstance(self.config, dict)
-        dtype = AUTOCAST.get(self.precision_plugin.precision)
-        if dtype is not None:
-            self.config.pop("bf16", None)
-            # DeepSpeed's own linear layer rounds a bias apart, and the loss would be another than
-            # DDP's (.004 after 8 steps). Without it the backward pass keeps bf16 copies of weights,
-            # two bytes a parameter, unless activations are checkpointed.
-            self.config["zero_optimization"]["memory_efficient_linear"] = False
-            # Gradients travel in fp32, as under DDP.
-            self.config["torch_autocast"] = {
-                "enabled": True,
-                "dtype": dtype,
-                "lower_precision_safe_modules": [],
-            }
 
     @property
     def _zero(self) -> Any:
@@ -141,82 +152,86 @@ class ZeRO(Sharded, DeepSpeedStrategy):
     def optimizer_groups(self) -> list[dict[str, Any]]:
         return self._zero.param_groups
 
-    def fragments(self, kinds: dict[str, bool] | None = None) -> Iterator[Fragment]:
-        """What this process holds; of tensors that every process holds, rank zero writes."""
+    def fragments(self, expected: dict[str, bool] | None = None) -> Iterator[Fragment]:
+        """Yield this process's numbers; of tensors that every process holds, rank zero writes."""
         module = self.trained_module()
-        first = self.global_rank == 0
-        cut = self._cut_by_parameter if self.stage == 3 else self._cut_flat
-        for name, parameter in module.named_parameters():
-            yield from cut(name, parameter, kinds)
-        known = {name for name, _ in module.named_parameters()}
+        parameters = dict(module.named_parameters())
+        cut = self._cut_by_parameter if self.stage == 3 else self._cut_by_group
+        for name, parameter in parameters.items():
+            yield from cut(name, parameter, expected)
         for name, tensor in module.state_dict().items():
-            if name not in known:
-                yield Fragment(name, 0, {WEIGHT: tensor.view(-1)}, tuple(tensor.shape), first)
+            if name not in parameters:
+                yield Fragment(
+                    name,
+                    start=0,
+                    values={WEIGHT: tensor.view(-1)},
+                    shape=tuple(tensor.shape),
+                    written=self.global_rank == 0,
+                )
 
-    def _cut_flat(
-        self, name: str, parameter: Any, kinds: dict[str, bool] | None
+    def _cut_by_group(
+        self, name: str, parameter: Any, expected: dict[str, bool] | None
     ) -> Iterator[Fragment]:
-        """Stages 1 and 2: whole parameters everywhere, and one flat fp32 copy of a parameter group
-        cut into equal parts, wherever a parameter may end."""
-        shape, trained = tuple(parameter.shape), parameter.requires_grad
-        written = self.global_rank == 0 and not trained
-        yield Fragment(name, 0, {WEIGHT: parameter.data.view(-1)}, shape, written)
-        mapping = parameter._hp_mapping if trained else None
-        if mapping is None:
-            return
-        flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
-        here, start = mapping.hp_fragment_address, mapping.lp_fragment_address.start
+        """Stages 1 and 2: whole parameters everywhere, and parts of fp32 copies of groups."""
+        shape = tuple(parameter.shape)
         yield Fragment(
-            name, start, self._narrowed(flat, here.start, here.numel, kinds), shape, True
+            name,
+            start=0,
+            values={WEIGHT: parameter.data.view(-1)},
+            shape=shape,
+            written=self.global_rank == 0 and not parameter.requires_grad,
         )
+        part = part_of_group(self._zero, parameter)
+        if part.flat is not None:
+            values = self._values(part.flat, part, expected)
+            yield Fragment(name, part.start, values, shape, written=True)
 
     def _cut_by_parameter(
-        self, name: str, parameter: Any, kinds: dict[str, bool] | None
+        self, name: str, parameter: Any, expected: dict[str, bool] | None
     ) -> Iterator[Fragment]:
-        """Stage 3: each parameter cut into equal parts, the last one padded."""
-        shape, part = tuple(parameter.ds_shape), parameter.ds_tensor.ds_numel
-        start = dist.get_rank(parameter.ds_process_group) * part
-        count = max(0, min(part, parameter.ds_numel - start))
-        trained = parameter.requires_grad
-        own = {WEIGHT: parameter.ds_tensor.data.view(-1)[:count]}
-        yield Fragment(name, start, own, shape, not trained)
-        if trained:
-            group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
-            flat = self._zero.fp32_partitioned_groups_flat[group]
-            yield Fragment(name, start, self._narrowed(flat, offset, count, kinds), shape, True)
+        """Stage 3: parts of parameters, and of their fp32 copies."""
+        shape = tuple(parameter.ds_shape)
+        part = part_of_parameter(self._zero, parameter)
+        own = {WEIGHT: parameter.ds_tensor.data.view(-1)[: part.count]}
+        yield Fragment(name, part.start, own, shape, written=not parameter.requires_grad)
+        if part.flat is not None:
+            values = self._values(part.flat, part, expected)
+            yield Fragment(name, part.start, values, shape, written=True)
 
-    def _narrowed(
-        self, flat: Tensor, start: int, count: int, kinds: dict[str, bool] | None
+    def _values(
+        self, flat: Tensor, part: Part, expected: dict[str, bool] | None
     ) -> dict[str, Tensor]:
-        """Part of a flat fp32 tensor and of its optimizer state."""
+        """A part of a flat fp32 tensor, and of its optimizer state."""
         fused = bool(self.optimizer_groups()[0].get("fused"))
-        state = made(self.optimizer_states()[flat], flat, kinds, fused)
-        cut = {k: v.narrow(0, start, count) if v.ndim else v for k, v in state.items()}
-        return {WEIGHT: flat.data.narrow(0, start, count)} | cut
+        state = state_tensors(self.optimizer_states()[flat], flat, expected, on_device=fused)
+        values = {WEIGHT: flat.data.narrow(0, part.offset, part.count)}
+        for kind, tensor in state.items():
+            values[kind] = tensor.narrow(0, part.offset, part.count) if tensor.ndim else tensor
+        return values
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """A method of the LightningModule, run where parameters are gathered as it needs them; all
-        processes call it together."""
-        with self._outside_of_their_modules():
-            return self._forward_redirection(
-                cast(Any, self.model), self.trained_module(), method, *arguments
-            )
+        """Call a method of the LightningModule where parameters are gathered as it needs them.
 
-    def _outside_of_their_modules(self) -> AbstractContextManager[Any]:
-        """At stage 3, gathers what a model reads of a part without calling it (a convolution's
-        weight, a token). DeepSpeed gathers it with the module that read it in training, which need
-        not run in another method, and would hand it out on its way, empty."""
+        All processes call it together.
+        """
+        with self._gathered_external_parameters():
+            return call_through_wrapper(self, method, *arguments)
+
+    def _gathered_external_parameters(self) -> AbstractContextManager[Any]:
+        """At stage 3, gather what a model reads of a child without calling it (a convolution's
+        weight, a token).
+
+        DeepSpeed gathers it with the module that read it in training, which need not run in another
+        method, and would pass it on empty.
+        """
         if self.stage < 3:
             return nullcontext()
         from deepspeed import zero
 
-        found: dict[int, Tensor] = {}
-        for module in self.trained_module().modules():
-            found |= vars(module).get("_external_params", {})
-        return zero.GatheredParameters(list(found.values()))
+        return zero.GatheredParameters(external_parameters(self.trained_module()))
 
 
-def _prepare(on_cuda: bool) -> None:
+def _import_deepspeed(*, on_cuda: bool) -> None:
     """Import DeepSpeed for this device; on CPU nothing is compiled.
 
     Raises:
@@ -227,10 +242,8 @@ def _prepare(on_cuda: bool) -> None:
     os.environ.setdefault("DS_BUILD_OPS", "0")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
-        import deepspeed
+        import deepspeed  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"ZeRO needs DeepSpeed, which is not to be had here: {error}") from None
+        raise ValueError(f"ZeRO needs DeepSpeed, which cannot be imported: {error}") from None
     if not on_cuda:
-        # Its kernel for collectives in shared memory takes two minutes to compile, and serves
-        # inference.
-        cast(Any, deepspeed).ops.__compatible_ops__ = {}
+        disable_kernels()

@@ -21,6 +21,7 @@ from maepretrain.data.batch import Batch
 from maepretrain.data.errors import as_csv
 from maepretrain.data.module import ShardData
 from maepretrain.files import locked
+from maepretrain.lightning_internals import is_logging_step
 from maepretrain.ranks import say
 from maepretrain.strategies.sharded import local_tensors
 
@@ -28,7 +29,7 @@ COLUMNS = ("step", "rank", "position", "key", "shard")
 
 
 class NonFinite(L.Callback):
-    """What each micro-batch gives to train on and to log, whatever its loss is.
+    """The loss of each micro-batch to train on, and its values to log, whatever it is.
 
     A callback of the run too: its counts go along in checkpoints, and no checkpoint is written of
     weights that are not finite.
@@ -44,19 +45,22 @@ class NonFinite(L.Callback):
         if most < 1:
             raise ValueError(f"nonfinite {most} must be at least 1")
         self.most = most
-        self.skipped = self.in_a_row = 0
-        # Of the good micro-batches of this step: their number, and the sums of what they gave.
-        self._good, self._sums = 0, torch.zeros(0)
-        self._began = 0
+        self.skipped = 0
+        self.in_a_row = 0
+        # Of the finite micro-batches of this step: their number, and the sums of their values.
+        self._finite = 0
+        self._sums = torch.zeros(0)
+        self._first_step = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+        self.skipped = state_dict["skipped"]
+        self.in_a_row = state_dict["in_a_row"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._began = trainer.global_step
+        self._first_step = trainer.global_step
 
     def loss(
         self,
@@ -73,49 +77,54 @@ class NonFinite(L.Callback):
             module: is trained; a logger of its values.
             batch: `position`, int64 (b,).
             batch_idx: number of the micro-batch.
-            inputs: what the model is given, normalised.
+            inputs: of the model, normalised.
             losses: from inputs to `loss` and other scalars. It may sum over ranks.
 
         Raises:
             ValueError: too many in a row, or weights that give no finite loss for zeros either.
         """
-        # Running statistics must not keep what a bad batch, or the zeros, made of them.
+        # Running statistics must not keep the effect of a bad batch, or of the zeros.
         buffers = [b for m in module.modules() if m.training for b in m.buffers(recurse=False)]
         before = [b.clone() for b in buffers]
-        found = losses(inputs)
-        loss = found["loss"].float()
-        good = on_all_ranks(loss.detach().isfinite())
-        if good:
+        values = losses(inputs)
+        loss = values["loss"].float()
+        finite = on_all_ranks(loss.detach().isfinite())
+        if finite:
             self.in_a_row = 0
         else:
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-            self._list(module, batch)
+            self.skipped += 1
+            self.in_a_row += 1
+            self._list_samples(module, batch)
             _restore(buffers, before)
             loss = losses(torch.zeros_like(inputs))["loss"].float()
             _restore(buffers, before)
             self._stop_if_hopeless(module, loss.detach())
             loss = 0 * loss
-        self._log(module, found, batch_idx, good)
+        self._log(module, values, batch_idx, finite=finite)
         return loss
 
-    def _list(self, module: L.LightningModule, batch: Batch) -> None:
+    def _list_samples(self, module: L.LightningModule, batch: Batch) -> None:
         """Append this rank's samples to the run's list."""
-        path, step = _list_of(module.trainer), module.trainer.global_step
+        path = _list_of(module.trainer)
+        step = module.trainer.global_step
         data = cast(ShardData, cast(Any, module.trainer).datamodule)
         positions = batch["position"].tolist()
-        names = data.names(positions)
         rows = [
-            (step, module.global_rank, p, *name) for p, name in zip(positions, names, strict=True)
+            (step, module.global_rank, position, *name)
+            for position, name in zip(positions, data.names(positions), strict=True)
         ]
-        # On a disk without locks the head may come twice.
+        # On a disk without locks the header may come twice.
         with locked(path), path.open("ab") as file:
-            head = [] if file.seek(0, SEEK_END) else [COLUMNS]
-            file.write(as_csv([*head, *rows]))
+            is_new = file.seek(0, SEEK_END) == 0
+            if is_new:
+                file.write(as_csv([COLUMNS]))
+            file.write(as_csv(rows))
         if self.skipped == 1:
             say(f"left out      a micro-batch of step {step}: its loss is not finite, see {path}")
 
     def _stop_if_hopeless(self, module: L.LightningModule, of_zeros: Float[Tensor, ""]) -> None:
-        """All ranks have written their lists when they meet here."""
+        """Stop where going on makes no sense; all ranks have written their lists when they meet
+        here."""
         trainer = module.trainer
         step = trainer.global_step
         if not on_all_ranks(of_zeros.isfinite()):
@@ -132,8 +141,8 @@ class NonFinite(L.Callback):
             )
 
     def _way_out(self, trainer: L.Trainer) -> str:
-        """What to do about broken weights: it depends on where they come from."""
-        if trainer.global_step > self._began:
+        """The advice about broken weights, which depends on where they come from."""
+        if trainer.global_step > self._first_step:
             return (
                 f"go on from {_last(trainer)} with --resume, and a lower --optim.base_lr or "
                 "--trainer.gradient_clip_val 1"
@@ -145,27 +154,31 @@ class NonFinite(L.Callback):
             )
         return "they were so from the start: begin with other weights or another --seed"
 
-    def _log(self, module: L.LightningModule, found: Batch, batch_idx: int, good: bool) -> None:
-        """Log what the good micro-batches of the whole global batch gave, whoever computed it:
-        ranks and micro-batches mean nothing to a loss curve; NaN where none was good. Ranks meet
-        only at steps that are logged."""
+    def _log(
+        self, module: L.LightningModule, values: Batch, batch_idx: int, *, finite: bool
+    ) -> None:
+        """Log the mean over the finite micro-batches of the whole global batch; NaN without any.
+
+        Ranks and micro-batches mean nothing to a loss curve. Ranks meet only at steps that are
+        logged.
+        """
         trainer = module.trainer
         accumulation = trainer.accumulate_grad_batches
         micro_batch = batch_idx % accumulation
         if micro_batch == 0:
-            self._good, self._sums = 0, torch.full((len(found),), torch.nan, device=module.device)
-        if good:
-            values = torch.stack([value.detach().float() for value in found.values()])
-            self._sums = self._sums + values if self._good else values
-            self._good += 1
-        # Lightning's own question, which no public name answers.
-        logs = cast(Any, trainer)._logger_connector.should_update_logs
-        if micro_batch + 1 == accumulation and logs:
-            mean = trainer.strategy.reduce(self._sums / max(1, self._good), reduce_op="mean")
-            for name, value in zip(found, cast(Tensor, mean), strict=True):
-                module.log(name, value, prog_bar=name == "loss")
-            if self.skipped:
-                module.log("skipped", float(self.skipped), prog_bar=True)
+            self._finite = 0
+            self._sums = torch.full((len(values),), torch.nan, device=module.device)
+        if finite:
+            stacked = torch.stack([value.detach().float() for value in values.values()])
+            self._sums = self._sums + stacked if self._finite else stacked
+            self._finite += 1
+        if micro_batch + 1 < accumulation or not is_logging_step(trainer):
+            return
+        mean = trainer.strategy.reduce(self._sums / max(1, self._finite), reduce_op="mean")
+        for name, value in zip(values, cast(Tensor, mean), strict=True):
+            module.log(name, value, prog_bar=name == "loss")
+        if self.skipped:
+            module.log("skipped", float(self.skipped), prog_bar=True)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -185,7 +198,7 @@ class NonFinite(L.Callback):
 
 
 def on_all_ranks(holds: Bool[Tensor, ""]) -> bool:
-    """Whether it holds on every rank; all of them must ask. Waits for the device."""
+    """Return whether it holds on every rank; all of them must ask. Waits for the device."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         holds = holds.to(torch.int32)
         dist.all_reduce(holds, dist.ReduceOp.MIN)
@@ -194,7 +207,7 @@ def on_all_ranks(holds: Bool[Tensor, ""]) -> bool:
 
 @torch.no_grad()
 def _restore(buffers: list[Tensor], before: list[Tensor]) -> None:
-    """Only what has changed: a graph may have saved the others as they are."""
+    """Copy back the buffers that have changed: a graph may have saved the others as they are."""
     for buffer, value in zip(buffers, before, strict=True):
         if not torch.equal(buffer, value):
             buffer.copy_(value)

@@ -17,10 +17,10 @@ TRY_AGAIN = 75
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
-class Stop(IntEnum):
-    """Why a run is to stop; where processes were told different things the larger one holds."""
+class StopReason(IntEnum):
+    """The reason to stop a run; where processes have different ones, the largest holds."""
 
-    NO = 0
+    NONE = 0
     PREEMPTED = 1
     INTERRUPTED = 2
 
@@ -30,7 +30,7 @@ class Preempted(Exception):
 
 
 def under_slurm() -> bool:
-    """Whether this process belongs to a SLURM job."""
+    """Return whether this process belongs to a SLURM job."""
     return "SLURM_JOB_ID" in os.environ
 
 
@@ -38,12 +38,12 @@ class Listener:
     """Notes USR1 and TERM under SLURM, from the start of a verb until training looks."""
 
     def __init__(self) -> None:
-        self.heard = False
+        self.received = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note the signals instead of dying of them; elsewhere than under SLURM nothing changes."""
-        self.heard = False
+        """Note the signals instead of ending; outside SLURM nothing changes."""
+        self.received = False
         if not under_slurm() or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -55,7 +55,7 @@ class Listener:
                 signal.signal(number, handler)
 
     def _note(self, *_: object) -> None:
-        self.heard = True
+        self.received = True
 
 
 listener = Listener()

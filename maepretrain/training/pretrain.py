@@ -1,7 +1,4 @@
-"""Pretraining: any model of the project, one optimizer, one schedule, in one run folder.
-
-`pretrain()` is what the command line, the quickstart and the tests call.
-"""
+"""The LightningModule of pretraining, for any model of the project."""
 
 from typing import Any, cast
 
@@ -27,14 +24,15 @@ class Pretrain(TrainingModule):
         guard: NonFinite | None = None,
     ) -> None:
         super().__init__(optim, data, steps, seed)
-        self.model, self.guard = model, guard or NonFinite()
+        self.model = model
+        self.guard = guard or NonFinite()
 
     def training_step_model(self) -> nn.Module:
         """The model."""
         return self.model
 
     def summary(self) -> dict[str, str]:
-        """What the model says of itself."""
+        """The model's own lines, if it has any."""
         return cast(Any, self.model).summary() if hasattr(self.model, "summary") else {}
 
     def encode(self, images: Tensor) -> Tensor:
@@ -42,7 +40,7 @@ class Pretrain(TrainingModule):
         return cast(Any, self.model).encode(self.normalise(images))
 
     def reconstruct(self, images: Tensor) -> Any:
-        """What a picture shows of uint8 images."""
+        """The rows of a picture of uint8 images."""
         return cast(Any, self.model).reconstruct(self.normalise(images))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

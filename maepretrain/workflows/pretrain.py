@@ -18,10 +18,11 @@ from maepretrain.runs.folder import RunFolder
 from maepretrain.training.callbacks.last_checkpoint import LastCheckpoint
 from maepretrain.training.callbacks.pictures import ReconstructionGrid
 from maepretrain.training.experiment import add_experiment, of_rank, run_experiment
-from maepretrain.training.fit import fit, in_steps, set_threads
+from maepretrain.training.fit import fit
 from maepretrain.training.nonfinite import NonFinite
 from maepretrain.training.optimizer import Optimization
 from maepretrain.training.pretrain import Pretrain
+from maepretrain.training.trainer_arguments import in_steps, set_threads
 
 
 def pretrain(
@@ -86,28 +87,32 @@ def pretrain(
     """
     set_threads(threads)
     guard = NonFinite(nonfinite)
-    folder = RunFolder(run, resume, overwrite, config, ckpt_path, same_config)
-    often = (checkpoint_every_steps, checkpoint_every_minutes)
-    last = LastCheckpoint(folder, *often, keep_every_steps)
-    if data.early is not None:
-        if not hasattr(model, "check_smaller"):
-            raise ValueError(f"{type(model).__name__} takes no smaller images: no low_image_size")
-        cast(Any, model).check_smaller(data.early.height, data.early.width)
+    folder = RunFolder(
+        run,
+        resume=resume,
+        overwrite=overwrite,
+        config=config,
+        ckpt_path=ckpt_path,
+        same_config=same_config,
+    )
+    last = LastCheckpoint(
+        folder,
+        every_steps=checkpoint_every_steps,
+        every_minutes=checkpoint_every_minutes,
+        keep_every_steps=keep_every_steps,
+    )
+    _check_low_resolution(model, data)
     data.allow_reorder = allow_reorder
-    # What could be refused without them has been: from here on shards are opened.
+    # Mistakes that show without shards have been refused: from here on shards are opened.
     if getattr(model, "needs_labels", False):
         _require_labels(data, type(model).__name__)
     arguments = in_steps(trainer, data.order.steps_per_epoch)
     if live_probe and data.val_index is None:
         raise ValueError("live_probe needs held-out shards: set data.val")
-    callbacks: list[L.Callback] = [guard]
     with folder:
+        callbacks: list[L.Callback] = [guard]
         if data.val_index is not None:
-            callbacks.append(_best(folder.path))
-            if pictures and hasattr(model, "reconstruct"):
-                callbacks.append(ReconstructionGrid(folder.path, pictures))
-            if live_probe:
-                callbacks.append(LiveEvaluation(live_probe))
+            callbacks += _held_out_callbacks(model, folder.path, pictures, live_probe)
         if compile:
             model.compile()
         module = Pretrain(model, optim, data, arguments["max_steps"], seed, guard)
@@ -117,18 +122,37 @@ def pretrain(
         return ended
 
 
+def _check_low_resolution(model: nn.Module, data: ShardData) -> None:
+    """Refuse small images at first where the model cannot take them."""
+    if data.early is None:
+        return
+    if not hasattr(model, "check_smaller"):
+        raise ValueError(f"{type(model).__name__} takes no smaller images: no low_image_size")
+    cast(Any, model).check_smaller(data.early.height, data.early.width)
+
+
 def _require_labels(data: ShardData, purpose: str) -> None:
-    """A model that reads `label` gets samples whose label can be used, and no others."""
+    """Give a model that reads `label` only samples whose label can be used."""
     for index in (data.index, data.val_index):
         if index is not None:
             index.require_labels(purpose)
     data.labelled = True
 
 
-def _best(run: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        run / "checkpoints", "best", monitor="val_loss", enable_version_counter=False
-    )
+def _held_out_callbacks(
+    model: nn.Module, run: Path, pictures: int, live_probe: int
+) -> list[L.Callback]:
+    """The callbacks that need held-out images: the best checkpoint, pictures, live evaluation."""
+    callbacks: list[L.Callback] = [
+        ModelCheckpoint(
+            run / "checkpoints", "best", monitor="val_loss", enable_version_counter=False
+        )
+    ]
+    if pictures and hasattr(model, "reconstruct"):
+        callbacks.append(ReconstructionGrid(run, pictures))
+    if live_probe:
+        callbacks.append(LiveEvaluation(live_probe))
+    return callbacks
 
 
 def pretrain_parser(parser: ArgumentParser) -> ArgumentParser:

@@ -482,10 +482,12 @@ def test_other_ranks_wait_until_rank_zero_has_mended_the_folder(
 
     with ThreadPoolExecutor(1) as rank_zero:
         mended = rank_zero.submit(mend)
-        with RunFolder(tmp_path, True, False, "seed: 0\n", "last") as run:
+        with RunFolder(
+            tmp_path, resume=True, overwrite=False, config="seed: 0\n", ckpt_path="last"
+        ) as run:
             assert run.resume_from == folder / "last.ckpt"
             assert read_meta(folder / "last.ckpt")["global_step"] == 1
         mended.result()
     shutil.rmtree(folder)
-    with RunFolder(tmp_path, True, False, "seed: 0\n") as run:
+    with RunFolder(tmp_path, resume=True, overwrite=False, config="seed: 0\n") as run:
         assert run.resume_from is None

@@ -3,6 +3,7 @@
 import json
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from maepretrain.checkpoints.whole import WholeCheckpointIO
 from maepretrain.runs import folder as runs
 from maepretrain.runs.configuration import changes
 from maepretrain.runs.folder import RunFolder
-from maepretrain.runs.loggers import AppendingCSVLogger
+from maepretrain.runs.loggers import make_loggers
+
+RESUME: Any = {"resume": True, "overwrite": False, "config": "seed: 0\n"}
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
@@ -53,15 +56,15 @@ def test_a_resume_takes_the_checkpoint_that_is_asked_for(tmp_path: Path) -> None
         torch.save({"global_step": step}, folder / f"{name}.ckpt")
     chosen = {"auto": "last", "last": "last", "best": "best", str(folder / "last.ckpt"): "last"}
     for asked, name in chosen.items():
-        with RunFolder(tmp_path, True, False, "seed: 0\n", asked) as run:
+        with RunFolder(tmp_path, **RESUME, ckpt_path=asked) as run:
             assert run.resume_from == folder / f"{name}.ckpt", asked
     with (
         pytest.raises(ValueError, match="there is no elsewhere"),
-        RunFolder(tmp_path, True, False, "seed: 0\n", "elsewhere"),
+        RunFolder(tmp_path, **RESUME, ckpt_path="elsewhere"),
     ):
         pass
     with pytest.raises(ValueError, match="add --resume"):
-        RunFolder(tmp_path, False, False, "seed: 0\n", "best")
+        RunFolder(tmp_path, resume=False, overwrite=False, config="seed: 0\n", ckpt_path="best")
 
 
 def test_two_processes_do_not_write_into_one_folder(
@@ -104,7 +107,10 @@ def test_a_refused_run_changes_nothing(tmp_path: Path, resume: bool, overwrite: 
     (tmp_path / "config.yaml").write_text("a: 1\n")
     (tmp_path / "metrics.csv").write_text("loss,step\n1,0\n")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError), RunFolder(tmp_path, resume, overwrite, "a: 2\n"):
+    with (
+        pytest.raises(ValueError),
+        RunFolder(tmp_path, resume=resume, overwrite=overwrite, config="a: 2\n"),
+    ):
         raise ValueError
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
     assert after == before
@@ -126,7 +132,7 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
 
 def test_half_a_row_does_not_stop_a_resume(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("loss,step\n0.5,0\n0.4,1\n0.3")
-    logger = AppendingCSVLogger(str(tmp_path), keep_until=2)
+    logger, _ = make_loggers(tmp_path, step=2)
     logger.log_metrics({"loss": 0.3}, 2)
     assert (tmp_path / "metrics.csv").read_text().split()[1:] == ["0.5,0", "0.4,1", "0.3,2"]
 
@@ -142,10 +148,10 @@ def test_changes_name_every_value_that_differs() -> None:
 
 
 def test_metrics_go_on_after_the_resumed_step(tmp_path: Path) -> None:
-    first = AppendingCSVLogger(str(tmp_path), keep_until=0)
+    first, _ = make_loggers(tmp_path, step=0)
     for step in range(4):
         first.log_metrics({"loss": float(step)}, step)
-    second = AppendingCSVLogger(str(tmp_path), keep_until=2)
+    second, _ = make_loggers(tmp_path, step=2)
     second.log_metrics({"loss": 20.0, "new": 1.0}, 2)
     rows = (tmp_path / "metrics.csv").read_text().split()
     assert rows == ["loss,new,step", "0.0,,0", "1.0,,1", "20.0,1.0,2"]

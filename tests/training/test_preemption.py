@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from maepretrain.randomness import uniform
 from maepretrain.runs.folder import RunFolder
-from maepretrain.training.callbacks import last_checkpoint as callbacks
 from maepretrain.training.preemption import listener
+from maepretrain.training.stop_request import StopRequest
 
 pytestmark = pytest.mark.slow
 
@@ -189,7 +189,7 @@ def test_a_signal_before_the_first_step_is_heeded_after_it(
     assert run_cli(*command(pictures, run, signal="SIGUSR1", at=at)) == 75
     assert checkpoint(run)["global_step"] == 1
     assert run_cli(*command(pictures, run), "--resume") == 0
-    assert not listener.heard
+    assert not listener.received
     assert_equal_runs(run, whole)
 
 
@@ -198,14 +198,14 @@ def test_slurm_may_repeat_its_signals(
 ) -> None:
     """Preemption sends TERM at its beginning and at its end, the job script passes USR1 on."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    told = callbacks.LastCheckpoint._on_signal
+    told = StopRequest._on_signal
 
     def thrice(last: Any, number: int, frame: Any) -> None:
         for _ in range(3):
             told(last, number, frame)
         assert signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN)
 
-    monkeypatch.setattr(callbacks.LastCheckpoint, "_on_signal", thrice)
+    monkeypatch.setattr(StopRequest, "_on_signal", thrice)
     assert run_cli(*command(pictures, tmp_path, signal="SIGTERM", at="train:2")) == 75
 
 

@@ -6,24 +6,27 @@ import lightning as L
 import torch
 from torch.distributed.tensor import DTensor
 
+from maepretrain.lightning_internals import is_logging_step
+from maepretrain.torch_internals import unscales_gradients
+
 
 class GradientNorm(L.Callback):
     """Logs `grad_norm`, the Euclidean norm of all gradients before they are clipped, at the steps
-    that are logged; left out where an engine does not know it."""
+    that are logged; left out where a strategy does not know it."""
 
     @torch.no_grad()
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if hasattr(trainer.model, "get_global_grad_norm") or not self._is_logged(trainer):
+        if _is_deepspeed(trainer) or not is_logging_step(trainer):
             return
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()  # ranks meet
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            norm = norm / scaler.get_scale()  # a fused optimizer takes the scale out itself
+        if scaler is not None and unscales_gradients(optimizer):
+            norm = norm / scaler.get_scale()
         pl_module.log("grad_norm", norm)
 
     def on_train_batch_end(
@@ -34,13 +37,13 @@ class GradientNorm(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """DeepSpeed divides gradients, and tells their norm after the step."""
-        last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if last and hasattr(trainer.model, "get_global_grad_norm") and self._is_logged(trainer):
+        """Log the norm that DeepSpeed, which divides gradients, knows after the step."""
+        is_last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if is_last and _is_deepspeed(trainer) and is_logging_step(trainer):
             norm = cast(Any, trainer.model).get_global_grad_norm()
             if norm is not None:
                 pl_module.log("grad_norm", float(norm))
 
-    def _is_logged(self, trainer: L.Trainer) -> bool:
-        # Lightning's own question, which no public name answers.
-        return cast(Any, trainer)._logger_connector.should_update_logs
+
+def _is_deepspeed(trainer: L.Trainer) -> bool:
+    return hasattr(trainer.model, "get_global_grad_norm")

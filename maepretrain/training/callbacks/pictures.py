@@ -22,7 +22,8 @@ class ReconstructionGrid(L.Callback):
     """
 
     def __init__(self, run: Path, images: int) -> None:
-        self.folder, self.images = run / "pictures", images
+        self.folder = run / "pictures"
+        self.images = images
 
     def on_validation_batch_start(
         self,
@@ -35,18 +36,18 @@ class ReconstructionGrid(L.Callback):
         if batch_idx:
             return
         module = cast(Any, pl_module)
-        shown = run_on_all(trainer, "reconstruct", batch["input"][: self.images])
+        reconstruction = run_on_all(trainer, "reconstruct", batch["input"][: self.images])
         if not trainer.is_global_zero:
             return
-        rows = [module.normalise.undo(row.float()).cpu() for row in shown]
+        rows = [module.normalise.undo(row.float()).cpu() for row in reconstruction]
         path = self.folder / f"step-{trainer.global_step:08d}.png"
-        picture = reconstruction_grid(rows, list(type(shown)._fields), path)
-        show_in_tensorboard(trainer, "reconstruction", picture)
+        picture = reconstruction_grid(rows, list(type(reconstruction)._fields), path)
+        log_picture(trainer, "reconstruction", picture)
 
 
-def show_in_tensorboard(trainer: L.Trainer, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
-    """A picture beside the scalars of the last step."""
-    # Under the number of steps before it, as they are: a resume drops what has a later one.
+def log_picture(trainer: L.Trainer, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Add a picture to TensorBoard, beside the scalars of the last step."""
+    # They carry the number of steps before it: a resume drops what has a later one.
     step = trainer.global_step - 1
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):

@@ -6,13 +6,13 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
 
+from maepretrain.lightning_internals import TrainingBar
 from maepretrain.ranks import say
 from maepretrain.training.callbacks.throughput import Throughput
 
 
-class Bar(RichProgressBar):
+class Bar(TrainingBar):
     """Lightning's bar with images per second and the share of time spent waiting for data."""
 
     def __init__(self, throughput: Throughput) -> None:
@@ -29,20 +29,21 @@ class Bar(RichProgressBar):
             "wait": f"{self._throughput.data_wait:.0%}",
         }
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "training"
-
 
 class Lines(L.Callback):
     """Progress for a log file, where a bar would be noise: one line every so many seconds."""
 
     def __init__(self, throughput: Throughput, seconds: float = 30.0) -> None:
-        self._throughput, self._seconds = throughput, seconds
-        self._first_step, self._began, self._last = 0, 0.0, 0.0
+        self._throughput = throughput
+        self._seconds = seconds
+        self._first_step = 0
+        self._started_at = 0.0
+        self._printed_at = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._first_step, self._began = trainer.global_step, time.perf_counter()
-        self._last = self._began
+        self._first_step = trainer.global_step
+        self._started_at = time.perf_counter()
+        self._printed_at = self._started_at
 
     def on_train_batch_end(
         self,
@@ -52,17 +53,19 @@ class Lines(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        now, step = time.perf_counter(), trainer.global_step
-        if now - self._last < self._seconds and step < trainer.max_steps:
+        now = time.perf_counter()
+        step = trainer.global_step
+        if now - self._printed_at < self._seconds and step < trainer.max_steps:
             return
-        self._last = now
-        left = (trainer.max_steps - step) * (now - self._began) / max(1, step - self._first_step)
+        self._printed_at = now
+        seconds_per_step = (now - self._started_at) / max(1, step - self._first_step)
+        seconds_left = (trainer.max_steps - step) * seconds_per_step
+        epoch = step / cast(Any, pl_module).steps_per_epoch
         loss = trainer.callback_metrics.get("loss", torch.tensor(float("nan")))
         say(
-            f"step {step:,}/{trainer.max_steps:,}  epoch "
-            f"{step / cast(Any, pl_module).steps_per_epoch:.1f}  "
-            f"loss {loss:.4f}  {self._throughput.img_per_s:.0f} img/s  "
-            f"wait {self._throughput.data_wait:.0%}  {left / 60:.1f} min left"
+            f"step {step:,}/{trainer.max_steps:,}  epoch {epoch:.1f}  loss {loss:.4f}  "
+            f"{self._throughput.img_per_s:.0f} img/s  wait {self._throughput.data_wait:.0%}  "
+            f"{seconds_left / 60:.1f} min left"
         )
 
 

@@ -32,17 +32,11 @@ from maepretrain.checkpoints.weights import (
 from maepretrain.files import replacing
 from maepretrain.models.mae.model import MaskedAutoencoder
 from maepretrain.parsing import make_parser, parse
+from maepretrain.report.document import Text, markdown
+from maepretrain.report.evaluations import evaluations, last_values
+from maepretrain.report.overview import summary
 from maepretrain.report.records import Record, read_run
-from maepretrain.report.sections import (
-    Text,
-    applied,
-    configuration,
-    environment,
-    evaluations,
-    last_values,
-    markdown,
-    summary,
-)
+from maepretrain.report.settings import applied, configuration, environment
 from maepretrain.runs.status import versions
 
 Format = Literal["timm", "hf", "mae", "safetensors"]

@@ -1,7 +1,8 @@
-"""What run folders say, read for people: configuration, status, starts, metrics, results."""
+"""Run folders read for a report: configuration, status, starts, metrics, results."""
 
 import csv
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from maepretrain.data.errors import printable
 from maepretrain.runs.results import read_results
 from maepretrain.runs.status import read_starts, read_status
 
+# Of a metric: (steps done, value), in the order of the file.
+Points = list[tuple[int, float]]
+
 
 @dataclass(frozen=True)
 class Record:
-    """What a run folder says.
+    """The contents of a run folder.
 
     Args:
         path: the folder.
@@ -22,7 +26,7 @@ class Record:
         config: the resolved configuration.
         status: of status.json.
         starts: of starts.json.
-        metrics: of metrics.csv, by column: (steps done, value).
+        metrics: of metrics.csv, by column.
         results: of results.json.
     """
 
@@ -31,22 +35,22 @@ class Record:
     config: dict[str, Any]
     status: dict[str, Any]
     starts: list[dict[str, Any]]
-    metrics: dict[str, list[tuple[int, float]]]
+    metrics: dict[str, Points]
     results: dict[str, Any]
 
     @property
     def applied(self) -> dict[str, str]:
-        """What the last start really applied."""
+        """Settings that the last start really applied."""
         return self.starts[-1].get("applied", {}) if self.starts else {}
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of the last start."""
+        """Versions that the last start found."""
         return self.starts[-1].get("versions", {}) if self.starts else {}
 
     @property
     def verb(self) -> str:
-        """The verb that made it."""
+        """The verb that made the run."""
         return "finetune" if "encoder" in self.config else "pretrain"
 
 
@@ -58,26 +62,30 @@ def read_run(path: Path) -> Record:
     """
     if not (path / "config.yaml").is_file():
         raise ValueError(f"{path} holds no run: it has no config.yaml")
-    try:
-        config = yaml.safe_load((path / "config.yaml").read_text()) or {}
-        assert isinstance(config, dict)
-    except (yaml.YAMLError, UnicodeDecodeError, AssertionError):
-        raise ValueError(f"{path / 'config.yaml'} is no configuration") from None
     return Record(
-        path,
-        str(path),
-        config,
-        read_status(path),
-        read_starts(path),
-        read_metrics(path / "metrics.csv"),
-        read_results(path / "results.json"),
+        path=path,
+        name=str(path),
+        config=_read_config(path / "config.yaml"),
+        status=read_status(path),
+        starts=read_starts(path),
+        metrics=read_metrics(path / "metrics.csv"),
+        results=read_results(path / "results.json"),
     )
 
 
-def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """The columns of metrics.csv: (steps done, value), in the order of the file. Half a row, which
-    a full disk left, is no row."""
-    columns: dict[str, list[tuple[int, float]]] = {}
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ValueError(f"{path} is no configuration") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no configuration")
+    return config
+
+
+def read_metrics(path: Path) -> dict[str, Points]:
+    """The columns of metrics.csv. Half a row, which a full disk left, is no row."""
+    columns: dict[str, Points] = {}
     for row in read_rows(path):
         if not (row.get("step") or "").isdigit():
             continue
@@ -101,15 +109,25 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k} for row in csv.DictReader(file)]
 
 
-def expanded(paths: list[Path]) -> list[Path]:
-    """A folder of several seeds stands for its runs."""
-    found: list[Path] = []
+def runs_below(paths: list[Path]) -> list[Path]:
+    """Run folders; a folder of several seeds stands for its runs, and each is named once."""
+    runs: list[Path] = []
     for path in paths:
-        seeds = sorted(folder.parent for folder in path.glob("seed-*/config.yaml"))
-        found += [path] if (path / "config.yaml").is_file() or not seeds else seeds
-    return list(dict.fromkeys(found))
+        seeds = sorted(config.parent for config in path.glob("seed-*/config.yaml"))
+        if seeds and not (path / "config.yaml").is_file():
+            runs += seeds
+        else:
+            runs.append(path)
+    return list(dict.fromkeys(runs))
 
 
-def plain(text: str, keep: str = "") -> str:
-    """Text that any file can hold: bytes that are no UTF-8 and control characters are spelt."""
-    return "".join(c if c in keep else printable(c) for c in text)
+def names_of(records: list[Record]) -> list[str]:
+    """The names of runs as a page shows them."""
+    return [printable(record.name) for record in records]
+
+
+def utc(seconds: Any) -> str:
+    """A time for people, empty where there is none."""
+    if not isinstance(seconds, int | float):
+        return ""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"

@@ -23,9 +23,11 @@ from support.runs import TINY
 
 from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.plots import COLOURS, CURVE_POINTS, Line, curve_panel
-from maepretrain.report.page import features_of, report
+from maepretrain.report.document import markdown
+from maepretrain.report.evaluations import evaluations
+from maepretrain.report.maps import features_of
+from maepretrain.report.page import report
 from maepretrain.report.records import read_metrics, read_run
-from maepretrain.report.sections import evaluations, markdown
 from maepretrain.runs.results import write_results
 
 Run = Callable[..., int]

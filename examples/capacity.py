@@ -1,4 +1,4 @@
-"""What an autoencoder's capacity does, in five small experiments: a minute on one free core,
+"""Five small experiments on the capacity of autoencoders: a minute on one free core,
 `python examples/capacity.py` (Goodfellow et al. 2016, chapter 14).
 
 Each function trains what it needs and returns figures; tests hold them to what is claimed.
@@ -23,8 +23,8 @@ from maepretrain.models.autoencoders.sparse import Sparse
 @torch.no_grad()
 def error(model: nn.Module, images: Tensor) -> float:
     """Mean squared error of a value of the reconstructions."""
-    shown = model.reconstruct(images)  # pyright: ignore[reportCallIssue]
-    return float((shown.reconstruction - shown.original).square().mean())
+    rows = model.reconstruct(images)  # pyright: ignore[reportCallIssue]
+    return float((rows.reconstruction - rows.original).square().mean())
 
 
 def data_specific() -> dict[str, float]:
@@ -52,7 +52,8 @@ def copying() -> dict[str, float]:
     figures = {}
     for name in ("undercomplete", "overcomplete", "overcomplete and sparse"):
         torch.manual_seed(0)
-        coder = Dense(8, 1, [16 if name == "undercomplete" else 128])
+        width = 16 if name == "undercomplete" else 128
+        coder = Dense(8, 1, [width])
         model = Sparse(coder, "l1", 3e-3) if "sparse" in name else Autoencoder(coder)
         fit(model, train, 400, 5e-3)
         figures[f"{name}, digits"] = error(model, test)
@@ -114,11 +115,21 @@ def contraction() -> dict[str, float]:
         torch.manual_seed(0)
         model = Contractive(Dense([2], 1, [64, 8], "tanh", tied=True), weight, "hutchinson")
         fit(model, circle, 400, 1e-2)
-        j = vmap(jacrev(lambda one, m=model: m.encode(one[None])[0]))(circle).flatten(2)
-        off, on = ((j @ d[..., None]).square().sum((1, 2)).mean() for d in (circle[:, 0], along))
-        figures[f"{name}, along / off"] = float((on / off).detach())
+        on = sensitivity(model, circle, along)
+        off = sensitivity(model, circle, circle[:, 0])
+        figures[f"{name}, along / off"] = float(on / off)
         figures[f"{name}, error"] = error(model, circle)
     return figures
+
+
+def sensitivity(model: Contractive, points: Tensor, directions: Tensor) -> Tensor:
+    """Mean squared derivative of the code in these directions, one for each point."""
+
+    def code(point: Tensor) -> Tensor:
+        return model.encode(point[None])[0]
+
+    jacobians = vmap(jacrev(code))(points).flatten(2)  # (points, code, 2)
+    return (jacobians @ directions[..., None]).square().sum((1, 2)).mean().detach()
 
 
 EXPERIMENTS: tuple[Callable[[], dict[str, float]], ...] = (

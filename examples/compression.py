@@ -13,6 +13,7 @@ import io
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -25,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
+from maepretrain.compression.autoencoder import Compression
 from maepretrain.compression.codec import Codec, psnr
 from maepretrain.data.shards.write import ImageFolder, write_shards
 from maepretrain.workflows.pretrain import pretrain_command
@@ -33,7 +35,8 @@ TRAIN = ("astronaut", "rocket", "china", "flower")
 TRAIN_GRAY = ("camera", "brick", "grass", "gravel")
 HELD_OUT = ("chelsea", "coffee", "motorcycle")
 # Side of the pieces that training crops, and the distance from one to the next.
-TILE, STEP = 96, 48
+TILE = 96
+STEP = 48
 WEIGHTS = (30, 100, 300)
 QUALITIES = (5, 10, 20, 30, 50, 70, 85)
 Pixels = UInt8[np.ndarray, "h w 3"]
@@ -67,16 +70,16 @@ def write(out: Path, names: dict[str, tuple[str, ...]]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in chosen:
             image = photograph(name)
-            h, w = (side - TILE + 1 for side in image.shape[:2])
-            places = [(i, j) for i in range(0, h, STEP) for j in range(0, w, STEP)]
-            for i, j in places:
-                tile = Image.fromarray(image[i : i + TILE, j : j + TILE])
-                tile.save(folder / f"{name}-{i:04d}-{j:04d}.png")
+            h, w, _ = image.shape
+            for i in range(0, h - TILE + 1, STEP):
+                for j in range(0, w - TILE + 1, STEP):
+                    tile = Image.fromarray(image[i : i + TILE, j : j + TILE])
+                    tile.save(folder / f"{name}-{i:04d}-{j:04d}.png")
         write_shards(ImageFolder(folder), out / "shards", split)
 
 
 def train(out: Path, config: str, run: Path, epochs: int | None, *more: str) -> None:
-    """One run, unless the folder holds it already."""
+    """Train one run, unless the folder holds it already."""
     if (run / "checkpoints/last.ckpt").exists():
         print(f"{run} is there already")
         return
@@ -92,18 +95,25 @@ def train(out: Path, config: str, run: Path, epochs: int | None, *more: str) -> 
 def ms_ssim(a: Pixels, b: Pixels) -> float:
     """Multi-scale structural similarity (Wang, Simoncelli and Bovik 2003), torchmetrics'."""
     # In float32: double takes twelve times as long, and differs in the sixth digit.
-    x, y = (torch.from_numpy(i.copy()).movedim(2, 0)[None].float() / 255 for i in (a, b))
-    found = multiscale_structural_similarity_index_measure(x, y, data_range=1.0)
-    return float(cast(Tensor, found))
+    x = to_tensor(a)[None].float() / 255
+    y = to_tensor(b)[None].float() / 255
+    similarity = multiscale_structural_similarity_index_measure(x, y, data_range=1.0)
+    return float(cast(Tensor, similarity))
+
+
+def to_tensor(image: Pixels) -> UInt8[Tensor, "3 h w"]:
+    """Channels first."""
+    return torch.from_numpy(image.copy()).movedim(2, 0)
 
 
 def measure(images: list[Pixels], through: Callable[[Pixels], tuple[int, Pixels]]) -> Point:
-    """Mean rate and distortion; `through` gives the size in bytes and what is decoded."""
+    """Mean rate and distortion; `through` gives the size in bytes and the decoded image."""
     rows = []
     for image in images:
         size, decoded = through(image)
-        a, b = (torch.from_numpy(i.copy()).movedim(2, 0) for i in (image, decoded))
-        rows.append((8 * size / image[..., 0].size, psnr(a, b), ms_ssim(image, decoded)))
+        bpp = 8 * size / image[..., 0].size
+        ratio = psnr(to_tensor(image), to_tensor(decoded))
+        rows.append((bpp, ratio, ms_ssim(image, decoded)))
     return Point(*np.mean(rows, 0).tolist())
 
 
@@ -119,8 +129,7 @@ def through_codec(image: Pixels, codec: Codec, iterations: int | None = None) ->
     """A file of a run's own, on disk and back."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.mae"
-        pixels = torch.from_numpy(image.copy()).movedim(2, 0)
-        path.write_bytes(codec.encode(pixels, iterations).data)
+        path.write_bytes(codec.encode(to_tensor(image), iterations).data)
         decoded = codec.pixels(codec.decode(path.read_bytes()))
         return path.stat().st_size, decoded.movedim(0, 2).numpy()
 
@@ -130,9 +139,10 @@ def steps_of_refinement(images: list[Pixels], codec: Codec) -> list[float]:
     """Mean PSNR of the plain decoder and after each step, from the same bits."""
     rows = []
     for image in images:
-        pixels = torch.from_numpy(image.copy()).movedim(2, 0)
-        model, (h, w) = codec.model, image.shape[:2]
-        decoded = model.steps(model.symbols(codec.normalise(pixels[None]), 1))  # type: ignore
+        pixels = to_tensor(image)
+        h, w = image.shape[:2]
+        model = cast(Compression, codec.model)
+        decoded = model.steps(model.symbols(codec.normalise(pixels[None])))
         rows.append([psnr(pixels, codec.pixels(x[0, :, :h, :w])) for x in decoded])
     return np.mean(rows, 0).tolist()
 
@@ -148,13 +158,13 @@ def lead(point: Point, curve: list[Point]) -> float:
 def draw(curves: dict[str, list[Point]], path: Path) -> None:
     """Two diagrams: PSNR and MS-SSIM over bits per pixel."""
     figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
-    for ax, what, name in zip(
-        figure.subplots(1, 2), ("psnr", "ms_ssim"), ("PSNR in dB", "MS-SSIM"), strict=True
-    ):
+    names = {"psnr": "PSNR in dB", "ms_ssim": "MS-SSIM"}
+    for ax, (measured, name) in zip(figure.subplots(1, 2), names.items(), strict=True):
         for label, points in curves.items():
             style = "--" if label in ("JPEG", "WebP") else "-"
-            values = [getattr(p, what) for p in points]
-            ax.plot([p.bpp for p in points], values, style, marker="o", markersize=4, label=label)
+            rates = [point.bpp for point in points]
+            values = [getattr(point, measured) for point in points]
+            ax.plot(rates, values, style, marker="o", markersize=4, label=label)
         ax.set(xlabel="bits per pixel", ylabel=name, xscale="log")
         ticks = [0.1, 0.2, 0.5, 1, 2]
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -190,21 +200,27 @@ def table(curves: dict[str, list[Point]]) -> str:
     lines.append("|---|---|---|---|---|")
     for name, points in curves.items():
         for p in points:
-            gap = lead(p, curves["JPEG"])
-            shown = "" if name == "JPEG" else "out of its range" if np.isnan(gap) else f"{gap:+.2f}"
-            lines.append(f"| {name} | {p.bpp:.3f} | {p.psnr:.2f} | {p.ms_ssim:.4f} | {shown} |")
+            gap = "" if name == "JPEG" else lead_in_words(p, curves["JPEG"])
+            lines.append(f"| {name} | {p.bpp:.3f} | {p.psnr:.2f} | {p.ms_ssim:.4f} | {gap} |")
     return "\n".join(lines)
 
 
+def lead_in_words(point: Point, curve: list[Point]) -> str:
+    """The lead in dB, for a table."""
+    gap = lead(point, curve)
+    return "out of its range" if np.isnan(gap) else f"{gap:+.2f}"
+
+
 def main(argv: list[str] | None = None) -> int:
-    """0 when all trainings came to their end."""
+    """Train and measure; 0 when all trainings came to their end."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("compression"), help="folder of the runs")
     parser.add_argument("--docs", type=Path, help="folder of the picture and table; default --out")
     parser.add_argument("--epochs", type=int, help="default: those of the configs")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    out, docs = options.out, options.docs or options.out
+    out = options.out
+    docs = options.docs or out
     write(out, {"train": TRAIN + TRAIN_GRAY, "test": HELD_OUT})
     runs = {weight: out / f"weight-{weight}" for weight in WEIGHTS}
     for weight, run in runs.items():
@@ -216,31 +232,45 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(images: list[Pixels], runs: list[Path], residual: Path, docs: Path) -> None:
     """Measure, print, draw and write."""
-    codecs = [Codec.load(str(run)) for run in runs]
-    recurrent = Codec.load(str(residual))
-    times = range(1, recurrent.model.iterations + 1)
-    curves: dict[str, list[Point]] = {
-        "convolutional, refined": [
-            measure(images, lambda i, c=c: through_codec(i, c)) for c in codecs
-        ],
-        "recurrent residual": [
-            measure(images, lambda i, t=t: through_codec(i, recurrent, t)) for t in times
-        ],
-    }
-    for kind, name in (("JPEG", "JPEG"), ("WEBP", "WebP")):
-        curves[name] = [
-            measure(images, lambda i, k=kind, q=q: through_pillow(i, k, q)) for q in QUALITIES
-        ]
-    steps = [steps_of_refinement(images, codec) for codec in codecs]
-    lines = ["| run | plain decoder, dB | after each step, dB | gain, dB |", "|---|---|---|---|"]
-    for run, found in zip(runs, steps, strict=True):
-        each = " ".join(f"{value:.2f}" for value in found[1:])
-        lines.append(f"| {run.name} | {found[0]:.2f} | {each} | {found[-1] - found[0]:+.2f} |")
-    names = {"held_out": ", ".join(HELD_OUT), "train": ", ".join(TRAIN + TRAIN_GRAY)}
-    text = table(curves) + "\n" + REFINEMENT + "\n".join(lines) + "\n"
+    codecs = {run.name: Codec.load(str(run)) for run in runs}
+    curves = rate_distortion(images, list(codecs.values()), Codec.load(str(residual)))
+    text = table(curves) + "\n" + REFINEMENT + refinement_table(images, codecs) + "\n"
     print(text)
     draw(curves, docs / "compression.png")
-    (docs / "compression.md").write_text(INTRODUCTION.format(**names) + text)
+    held_out = ", ".join(HELD_OUT)
+    trained_on = ", ".join(TRAIN + TRAIN_GRAY)
+    introduction = INTRODUCTION.format(held_out=held_out, train=trained_on)
+    (docs / "compression.md").write_text(introduction + text)
+
+
+def rate_distortion(
+    images: list[Pixels], codecs: list[Codec], recurrent: Codec
+) -> dict[str, list[Point]]:
+    """A curve for each coder: one point for each codec, number of iterations or quality."""
+    curves: dict[str, list[Point]] = {}
+    curves["convolutional, refined"] = [
+        measure(images, partial(through_codec, codec=codec)) for codec in codecs
+    ]
+    curves["recurrent residual"] = [
+        measure(images, partial(through_codec, codec=recurrent, iterations=iterations))
+        for iterations in range(1, recurrent.model.iterations + 1)
+    ]
+    for name, kind in {"JPEG": "JPEG", "WebP": "WEBP"}.items():
+        curves[name] = [
+            measure(images, partial(through_pillow, kind=kind, quality=quality))
+            for quality in QUALITIES
+        ]
+    return curves
+
+
+def refinement_table(images: list[Pixels], codecs: dict[str, Codec]) -> str:
+    """Markdown: PSNR of each run's plain decoder, and after each step of refinement."""
+    lines = ["| run | plain decoder, dB | after each step, dB | gain, dB |", "|---|---|---|---|"]
+    for name, codec in codecs.items():
+        plain, *refined = steps_of_refinement(images, codec)
+        each = " ".join(f"{value:.2f}" for value in refined)
+        lines.append(f"| {name} | {plain:.2f} | {each} | {refined[-1] - plain:+.2f} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

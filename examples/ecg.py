@@ -28,10 +28,15 @@ from maepretrain.data.shards.write import ImageFolder, write_shards
 from maepretrain.plots import reconstruction_grid
 from maepretrain.workflows.pretrain import pretrain_command
 
-RATE, LENGTH, KEPT = 360, 512, 32
+# Samples a second, samples of a window, numbers of its code.
+RATE = 360
+LENGTH = 512
+KEPT = 32
 HELD_OUT = 60 * RATE
-MEAN, STD = -0.181, 0.628  # of the first four minutes, as configs/ae/ecg.yaml says
-# Windows that the picture shows.
+# Of the first four minutes, as configs/ae/ecg.yaml has them.
+MEAN = -0.181
+STD = 0.628
+# Windows in the picture.
 PICTURED = 4
 
 
@@ -60,9 +65,11 @@ def _from_wheel() -> np.ndarray:
 
 
 def split(ecg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What is trained on, and the windows of the held-out last minute, (n, LENGTH)."""
-    train, held_out = ecg[:-HELD_OUT], ecg[-HELD_OUT:]
-    return train, held_out[: len(held_out) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    """The signal to train on, and the windows of the held-out last minute, (n, LENGTH)."""
+    train = ecg[:-HELD_OUT]
+    held_out = ecg[-HELD_OUT:]
+    whole_windows = len(held_out) // LENGTH * LENGTH
+    return train, held_out[:whole_windows].reshape(-1, LENGTH)
 
 
 def write(train: np.ndarray, windows: np.ndarray, out: Path) -> None:
@@ -80,19 +87,20 @@ def write(train: np.ndarray, windows: np.ndarray, out: Path) -> None:
 def prd(x: np.ndarray, decoded: np.ndarray) -> tuple[float, float]:
     """PRD = 100 |x - decoded| / |x|, and PRDN = 100 |x - decoded| / |x - its mean|."""
     difference = np.linalg.norm(x - decoded)
-    norms = np.linalg.norm(x), np.linalg.norm(x - x.mean())
-    return float(100 * difference / norms[0]), float(100 * difference / norms[1])
+    prd_of_signal = 100 * difference / np.linalg.norm(x)
+    prd_about_mean = 100 * difference / np.linalg.norm(x - x.mean())
+    return float(prd_of_signal), float(prd_about_mean)
 
 
 def keep_first(x: np.ndarray, kept: int) -> np.ndarray:
-    """Windows of the first coefficients of their DCT."""
+    """The windows made of the first coefficients of their DCT."""
     coefficients = np.asarray(dct(x, norm="ortho", axis=1))
     coefficients[:, kept:] = 0
     return np.asarray(idct(coefficients, norm="ortho", axis=1))
 
 
 def keep_largest(x: np.ndarray, kept: int) -> np.ndarray:
-    """Windows of the coefficients of their DCT that are largest in absolute value."""
+    """The windows made of the coefficients of their DCT that are largest in absolute value."""
     coefficients = np.asarray(dct(x, norm="ortho", axis=1))
     smallest = np.abs(coefficients).argsort(axis=1)[:, : x.shape[1] - kept]
     np.put_along_axis(coefficients, smallest, 0, axis=1)
@@ -100,7 +108,7 @@ def keep_largest(x: np.ndarray, kept: int) -> np.ndarray:
 
 
 def baselines(train: np.ndarray, windows: np.ndarray) -> dict[str, tuple[int, np.ndarray]]:
-    """For each, how many numbers it keeps of a window, and the windows made of them."""
+    """Name -> numbers that it keeps of a window, and the windows made of them."""
     pca = PCA(KEPT).fit(np.lib.stride_tricks.sliding_window_view(train, LENGTH)[::16])
     return {
         "PCA": (KEPT, pca.inverse_transform(pca.transform(windows))),
@@ -112,7 +120,7 @@ def baselines(train: np.ndarray, windows: np.ndarray) -> dict[str, tuple[int, np
 
 @torch.no_grad()
 def reconstruct(run: Path, windows: np.ndarray) -> tuple[int, np.ndarray]:
-    """How many numbers the encoder makes of a window, and the windows decoded from them."""
+    """Numbers of a window's code, and the windows decoded from their codes."""
     model = cast(Any, load_encoder(str(run)).eval())
     x = torch.from_numpy((windows - MEAN) / STD).float()[:, None]
     decoded = model.reconstruct(x).reconstruction[:, 0].double().numpy()
@@ -120,11 +128,11 @@ def reconstruct(run: Path, windows: np.ndarray) -> tuple[int, np.ndarray]:
 
 
 def report(windows: np.ndarray, rows: dict[str, tuple[int, np.ndarray]], path: Path) -> None:
-    """The table and the picture."""
+    """Print the table and draw the picture."""
     print("held-out minute   ratio    PRD   PRDN")
     for name, (kept, decoded) in rows.items():
-        plain, normalised = prd(windows, decoded)
-        print(f"{name:<16} {windows.shape[1] / kept:6.1f} {plain:6.2f} {normalised:6.2f}")
+        of_signal, about_mean = prd(windows, decoded)
+        print(f"{name:<16} {windows.shape[1] / kept:6.1f} {of_signal:6.2f} {about_mean:6.2f}")
     signals = [windows, *(decoded for _, decoded in rows.values())]
     drawn = [torch.from_numpy(signal[:PICTURED]).float()[:, None] for signal in signals]
     reconstruction_grid(drawn, ["original", *rows], path)
@@ -132,10 +140,12 @@ def report(windows: np.ndarray, rows: dict[str, tuple[int, np.ndarray]], path: P
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when the training came to its end."""
+    """Train and print the table; 0 when the training came to its end."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--file", type=Path, help="scipy's ecg.dat; default: download it")
-    parser.add_argument("--out", type=Path, default=Path("ecg"), help="folder of all that is made")
+    parser.add_argument(
+        "--out", type=Path, default=Path("ecg"), help="folder of shards, run and picture"
+    )
     parser.add_argument("--epochs", type=int, default=100)
     options = parser.parse_args(argv)
     shards, run = options.out / "shards", options.out / "run"

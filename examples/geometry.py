@@ -34,19 +34,20 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     train, test = digits()
-    images, held_out = (torch.from_numpy(p.images).float()[:, None] / 255 for p in (train, test))
+    images = torch.from_numpy(train.images).float()[:, None] / 255
+    held_out = torch.from_numpy(test.images).float()[:, None] / 255
     labels = torch.as_tensor(test.labels).long()
-    pictures: list[Callable[[], tuple[Path, str]]] = [
-        lambda: translation(folder, held_out[0]),
-        lambda: tangents(folder, images, held_out),
-        lambda: field(folder),
-        lambda: insensitivity(folder, images, held_out),
-        lambda: maps(folder, images, held_out, labels),
-        lambda: path(folder, images, held_out, labels),
-    ]
-    for picture in pictures:
-        where, what = picture()
-        print(f"{where}: {what}", flush=True)
+    announce(*translation(folder, held_out[0]))
+    announce(*tangents(folder, images, held_out))
+    announce(*field(folder))
+    announce(*insensitivity(folder, images, held_out))
+    announce(*maps(folder, images, held_out, labels))
+    announce(*path(folder, images, held_out, labels))
+
+
+def announce(picture: Path, finding: str) -> None:
+    """Print where a picture lies and what it shows."""
+    print(f"{picture}: {finding}", flush=True)
 
 
 def fit(model: nn.Module, samples: Tensor, steps: int, lr: float = 3e-3, batch: int = 128) -> None:
@@ -67,7 +68,8 @@ def shifted(image: Tensor, pixels: Tensor) -> Tensor:
     pixels each, whole or not: (n, 1, 2h, 2w). A shift is a phase of the Fourier transform."""
     _, h, w = image.shape
     framed = F.pad(image, (w // 2, w // 2, h // 2, h // 2))[None]
-    kernel = torch.outer(*[torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16] * 2)[None, None]
+    binomial = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    kernel = torch.outer(binomial, binomial)[None, None]
     waves = torch.fft.rfft(F.conv2d(framed, kernel, padding=2))
     phase = torch.exp(-2j * torch.pi * torch.arange(w + 1) / (2 * w) * pixels[:, None])
     return torch.fft.irfft(waves * phase[:, None, None], n=2 * w)
@@ -90,12 +92,12 @@ def translation(folder: Path, digit: Tensor) -> tuple[Path, str]:
 
 
 def tangents(folder: Path, images: Tensor, held_out: Tensor) -> tuple[Path, str]:
-    """What a contractive encoder still feels, of eight digits."""
+    """The directions that change the code of a contractive encoder most, of eight digits."""
     coder = Dense(8, 1, [64], activation="sigmoid", tied=True, likelihood="bernoulli")
     model = Contractive(coder, 1e-2, "closed")
     fit(model, images, 800)
-    found, values = encoder_tangents(model.encode, held_out[:8], 64)
-    rows = {f"tangent {i + 1}": found[:, i] for i in range(4)}
+    directions, values = encoder_tangents(model.encode, held_out[:8], 64)
+    rows = {f"tangent {i + 1}": directions[:, i] for i in range(4)}
     where = folder / "tangents.png"
     draw_rows(where, rows, symmetric=True)
     draw_rows(folder / "tangents-digits.png", {"digit": held_out[:8]}, symmetric=False)
@@ -122,7 +124,7 @@ def field(folder: Path) -> tuple[Path, str]:
 
 
 def insensitivity(folder: Path, images: Tensor, held_out: Tensor) -> tuple[Path, str]:
-    """How much less the code feels what leads off the manifold, by the penalty's weight."""
+    """The code's sensitivity along the manifold and off it, by the weight of the penalty."""
     weights = torch.tensor([1e-4, 1e-3, 1e-2, 3e-2])
     ratios = []
     for weight in weights.tolist():
@@ -135,11 +137,8 @@ def insensitivity(folder: Path, images: Tensor, held_out: Tensor) -> tuple[Path,
     where = folder / "insensitivity.png"
     lines = {"along": along, "across": off, "along / across": along / off}
     draw_lines(where, lines, weights, ("weight of the contractive penalty", "|J v|"))
-    return (
-        where,
-        f"along / across {float(along[0] / off[0]):.2f} at weight 1e-4, then "
-        + ", ".join(f"{float(r):.2f}" for r in (along / off)[1:]),
-    )
+    first, *others = (f"{float(ratio):.2f}" for ratio in along / off)
+    return where, f"along / across {first} at weight 1e-4, then {', '.join(others)}"
 
 
 def along_and_across(
@@ -165,9 +164,8 @@ def maps(folder: Path, images: Tensor, held_out: Tensor, labels: Tensor) -> tupl
     }
     where = folder / "maps.png"
     draw_maps(where, drawn, labels)
-    return where, "k-NN among the held-out digits " + ", ".join(
-        f"{name} {leave_one_out(points, labels):.2f}" for name, points in drawn.items()
-    )
+    accuracies = [f"{name} {leave_one_out(points, labels):.2f}" for name, points in drawn.items()]
+    return where, f"k-NN among the held-out digits {', '.join(accuracies)}"
 
 
 def leave_one_out(points: Tensor, labels: Tensor) -> float:
@@ -188,8 +186,11 @@ def path(folder: Path, images: Tensor, held_out: Tensor, labels: Tensor) -> tupl
     draw_rows(where, rows, symmetric=False)
     middle = torch.stack([along[4], blended[4]]).flatten(1)
     nearest = torch.cdist(middle, images.flatten(1)).amin(1)
-    return where, "distance of the middle to the nearest real digit {:.2f}, blended {:.2f}".format(
-        *nearest.tolist()
+    along_distance, blended_distance = nearest.tolist()
+    return (
+        where,
+        f"distance of the middle to the nearest real digit {along_distance:.2f}, "
+        f"blended {blended_distance:.2f}",
     )
 
 

@@ -16,14 +16,20 @@ def digit_images() -> tuple[Float[Tensor, "n 1 8 8"], Float[Tensor, "m 1 8 8"]]:
 def fit(
     model: nn.Module, images: Float[Tensor, "n c *size"], steps: int, lr: float, batch: int = 100
 ) -> list[float]:
-    """Train with Adam on batches drawn without replacement; the losses."""
+    """Train with Adam on batches drawn without replacement.
+
+    Returns:
+        The loss of each step.
+    """
     optimizer = torch.optim.Adam(model.parameters(), lr)
     generator = torch.Generator().manual_seed(0)
-    losses, order = [], torch.empty(0, dtype=torch.int64)
+    order = torch.empty(0, dtype=torch.int64)
+    losses = []
     for step in range(steps):
         if len(order) < batch:
             order = torch.randperm(len(images), generator=generator)
-        chosen, order = order[:batch], order[batch:]
+        chosen = order[:batch]
+        order = order[batch:]
         position = torch.arange(step * batch, (step + 1) * batch)[: len(chosen)]
         loss = model({"input": images[chosen], "position": position})["loss"]
         optimizer.zero_grad()

@@ -33,7 +33,7 @@ from maepretrain.workflows.pretrain import pretrain_command
 
 MODELS = {"mask tokens in the encoder": "masked_bytes", "in the decoder": "mae_bytes"}
 LENGTH = 64
-# Held-out lines that are shown.
+# Held-out lines that are printed.
 SHOWN = 4
 # Folders of the standard library that are not part of it, or hold its tests.
 PASSED_OVER = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -52,8 +52,11 @@ def docstrings(library: Path) -> Iterator[tuple[str, str]]:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):  # templates and samples of what is no Python
             continue
-        found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
-        yield from ((inside.parts[0].removesuffix(".py"), text) for text in found if text)
+        module = inside.parts[0].removesuffix(".py")
+        for node in ast.walk(tree):
+            text = ast.get_docstring(node) if isinstance(node, kinds) else None
+            if text:
+                yield module, text
 
 
 def is_held_out(module: str) -> bool:
@@ -116,10 +119,13 @@ def baselines(counts: Counts, tokens: Tensor, places: Tensor) -> Guesses:
     asked = 0
     for window, hidden in zip(tokens, places, strict=True):
         seen = with_holes(window, hidden)
-        for i in (i for i, byte in enumerate(seen) if byte is None):
+        for i, byte in enumerate(seen):
+            if byte is not None:
+                continue
             before = seen[i - 1] if i else None
             after = seen[i + 1] if i + 1 < len(seen) else None
-            truth, asked = int(window[i]), asked + 1
+            truth = int(window[i])
+            asked += 1
             right["unigram"] += counts.guess(None, None) == truth
             right["bigram, left neighbour"] += counts.guess(before, None) == truth
             right["both neighbours"] += counts.guess(before, after) == truth
@@ -129,13 +135,14 @@ def baselines(counts: Counts, tokens: Tensor, places: Tensor) -> Guesses:
 @torch.no_grad()
 def filled(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Masked places of held-out windows, as validation masks them, and the likeliest bytes."""
-    places, bytes_ = [], []
+    places = []
+    likeliest = []
     for first in range(0, len(tokens), 256):
         part = tokens[first : first + 256]
         prediction = model.predict(part[:, None], torch.arange(first, first + len(part)))
         places.append(prediction.places)
-        bytes_.append(prediction.logits.argmax(-1))
-    return torch.cat(places), torch.cat(bytes_)
+        likeliest.append(prediction.logits.argmax(-1))
+    return torch.cat(places), torch.cat(likeliest)
 
 
 def accuracy(tokens: Tensor, places: Tensor, guesses: Tensor) -> float:
@@ -151,21 +158,25 @@ def as_line(values: list[int | None]) -> str:
 
 
 def show(tokens: Tensor, places: Tensor, guesses: dict[str, Tensor]) -> None:
-    """Windows with holes and what each model puts there."""
-    for i in (tokens[:, -1] != PADDING).nonzero().flatten()[:SHOWN].tolist():
+    """Print full windows with holes, and each model's guesses there."""
+    full = (tokens[:, -1] != PADDING).nonzero().flatten()
+    for i in full[:SHOWN].tolist():
         print(f"\n{'holes':<27} {as_line(with_holes(tokens[i], places[i]))}")
-        for name, bytes_ in guesses.items():
-            print(f"{name:<27} {as_line(tokens[i].scatter(0, places[i], bytes_[i]).tolist())}")
+        for name, guessed in guesses.items():
+            filled_in = tokens[i].scatter(0, places[i], guessed[i])
+            print(f"{name:<27} {as_line(filled_in.tolist())}")
         print(f"{'original':<27} {as_line(tokens[i].tolist())}")
 
 
 def report(out: Path) -> None:
-    """The table and some lines, of the runs and shards of a folder."""
+    """Print the table and some lines, of the runs and shards of a folder."""
     index = ShardIndex(open_shards(f"{out}/shards/test-*.tar"))
     held_out = Samples(index, 1, SignalCrop(LENGTH)).__getitems__(list(range(len(index))))
     tokens = held_out["input"][:, 0]
     texts = [path.read_bytes() for path in sorted((out / "texts/train").rglob("*.txt"))]
-    rows, guesses, places = {}, {}, torch.empty(0)
+    rows: dict[str, float] = {}
+    guesses: dict[str, Tensor] = {}
+    places = torch.empty(0)
     for name, config in MODELS.items():
         model = cast(Any, load_encoder(str(out / config)).eval())
         places, guesses[name] = filled(model, tokens)
@@ -178,7 +189,7 @@ def report(out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when both trainings came to their end."""
+    """Train both models and print their table; 0 when both trainings came to their end."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("text"), help="folder of what is made")
     parser.add_argument("--library", type=Path, default=Path(sysconfig.get_path("stdlib")))

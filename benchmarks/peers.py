@@ -24,7 +24,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from maepretrain.apply.export import timm_arguments, timm_name
-from maepretrain.checkpoints.weights import hugging_face_config, official_weights, to_hugging_face
+from maepretrain.checkpoints.hugging_face import hugging_face_config, to_hugging_face
+from maepretrain.checkpoints.official import official_weights
 from maepretrain.models.mae.model import MaskedAutoencoder
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -21,14 +21,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from maepretrain.checkpoints.encoders import load_encoder
+from maepretrain.checkpoints.hugging_face import hugging_face_config, to_hugging_face
+from maepretrain.checkpoints.official import check_official, official_weights
 from maepretrain.checkpoints.run_config import run_of
-from maepretrain.checkpoints.weights import (
-    OWN_KEY,
-    check_official,
-    hugging_face_config,
-    official_weights,
-    to_hugging_face,
-)
+from maepretrain.checkpoints.weights import OWN_KEY
 from maepretrain.files import replacing
 from maepretrain.models.mae.model import MaskedAutoencoder
 from maepretrain.parsing import make_parser, parse

@@ -1,6 +1,7 @@
-"""The configuration that a run folder holds, read back: config.yaml to the model of the run.
+"""The configuration in a run folder, read back: from config.yaml to the model of the run.
 
-The parser of `pretrain` uses `add_model` too, so that a run and whoever reads it agree.
+The parser of `pretrain` uses `add_model` too, so that a run and whoever reads it agree. Runs that
+were made before modules moved name the classes by their old paths.
 """
 
 import re
@@ -12,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import nn
 
-from maepretrain.checkpoints.sharded import is_checkpoint
+from maepretrain.checkpoints.fragments import is_checkpoint
 from maepretrain.models.autoencoders.adversarial import Adversarial
 from maepretrain.models.autoencoders.autoencoder import Autoencoder
 from maepretrain.models.autoencoders.contractive import Contractive
@@ -45,14 +46,14 @@ MODELS: tuple[type[nn.Module], ...] = (
     Adversarial,
     SemanticHashing,
 )
-# Where classes of version 0.1 runs live now.
-MOVED = (
+# Old class paths and the present ones; the first pattern that fits counts.
+MOVED_CLASSES = (
     (r"maepretrain\.models\.mae\.(\w+)", r"maepretrain.models.mae.model.\1"),
     (r"maepretrain\.models\.compression\.(\w+)", r"maepretrain.compression.autoencoder.\1"),
     (r"maepretrain\.models\.residual_coder\.(\w+)", r"maepretrain.compression.residual_coder.\1"),
     (r"maepretrain\.models\.(\w+\.[A-Z]\w+)", r"maepretrain.models.autoencoders.\1"),
 )
-# Arguments of a model that other parts of the configuration say: (there, of the model).
+# Arguments of a model that other sections of the configuration have: (there, of the model).
 LINKS = (
     ("data.image_size", "image_size"),
     ("data.channels", "channels"),
@@ -95,7 +96,7 @@ def read_model_config(run: Path) -> tuple[ArgumentParser, Namespace]:
             {
                 "seed": config.get("seed", 0),
                 "data": {name: data[name] for name in ("image_size", "channels")},
-                "model": _in_place(config["model"]),
+                "model": _with_present_paths(config["model"]),
             }
         )
         alone = ArgumentParser(exit_on_error=False)
@@ -105,31 +106,49 @@ def read_model_config(run: Path) -> tuple[ArgumentParser, Namespace]:
         raise ValueError(f"{run} is no pretraining run: {error}") from error
 
 
-def _in_place(section: Any) -> Any:
-    """A section whose class paths are those of this version."""
+def _with_present_paths(section: Any) -> Any:
+    """A section of the configuration with the present class paths."""
     if isinstance(section, list):
-        return [_in_place(value) for value in section]
+        return [_with_present_paths(value) for value in section]
     if not isinstance(section, dict):
         return section
-    inside = {key: _in_place(value) for key, value in section.items()}
+    inside = {key: _with_present_paths(value) for key, value in section.items()}
     path = inside.get("class_path")
     if isinstance(path, str) and path.startswith("maepretrain."):
-        inside["class_path"] = _current(path)
+        inside["class_path"] = present_path(path)
     return inside
 
 
-def _current(class_path: str) -> str:
+def present_path(class_path: str) -> str:
+    """The path of a class of this package, from the path that it had when a run was made."""
     module = class_path.rpartition(".")[0]
     try:
-        found = find_spec(module)
+        spec = find_spec(module)
     except ModuleNotFoundError:
-        found = None
-    if found is not None and found.submodule_search_locations is None:
+        spec = None
+    is_module = spec is not None and spec.submodule_search_locations is None
+    if is_module:
         return class_path
-    for pattern, replacement in MOVED:
-        if match := re.fullmatch(pattern, class_path):
+    for pattern, replacement in MOVED_CLASSES:
+        match = re.fullmatch(pattern, class_path)
+        if match:
             return match.expand(replacement)
     return class_path
+
+
+def images_of(
+    config: dict[str, Any],
+) -> tuple[tuple[int, ...], tuple[list[float], list[float]]]:
+    """The shape (c, h, w) of a run's images, and the mean and std of its data.
+
+    Raises:
+        KeyError, TypeError: a configuration without them.
+    """
+    data = config["data"]
+    size = data["image_size"]
+    if isinstance(size, int):
+        size = [size, size]
+    return (data["channels"], *size), (list(data["mean"]), list(data["std"]))
 
 
 def run_of(spec: str) -> Path | None:
@@ -161,7 +180,7 @@ def locate(spec: str) -> Path:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML file as a mapping; empty where it is none, which a parser will say."""
+    """A YAML file as a mapping; empty where it is none, which a parser will refuse."""
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError:

@@ -1,18 +1,14 @@
-"""Checkpoints that take their name when they are whole."""
+"""Checkpoints of one file that take their name when they are whole."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.fabric.utilities.types import _PATH
 from torch import distributed as dist
 
-from maepretrain.checkpoints.sharded import (
-    Saved,
-    partial_of,
-    take_name,
-)
+from maepretrain.checkpoints.folder import partial_of, take_name
+from maepretrain.checkpoints.saved import Saved
 from maepretrain.files import replacing
 
 
@@ -24,7 +20,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Save to a temporary name beside `path` and rename."""
         whole = Path(path)
@@ -37,9 +33,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
             take_name(target, whole)
 
     def load_checkpoint(
-        self, path: _PATH, map_location: Any | None = None, weights_only: bool | None = None
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """A checkpoint of any engine, as whole tensors; on every process the one of rank zero."""
+        """A checkpoint of any strategy, as whole tensors; on every process the one of rank zero."""
         chosen = [str(path)]
         if dist.is_initialized():
             dist.broadcast_object_list(chosen)

@@ -198,7 +198,7 @@ def _checkpoint(argv: list[str]) -> int:
     if not argv or argv[0] != "consolidate":
         raise UserError("checkpoint needs: consolidate RUN")
     check_torch_pair()
-    from maepretrain.checkpoints.weights import consolidate
+    from maepretrain.checkpoints.consolidate import consolidate
 
     parser = make_parser("checkpoint consolidate", config=False)
     parser.add_argument("run", type=Path, help="the run folder")

@@ -12,13 +12,9 @@ from lightning.pytorch.callbacks import RichProgressBar
 from torch import nn
 
 from maepretrain.checkpoints.encoders import load_encoder
+from maepretrain.checkpoints.official import load_official, official_weights
 from maepretrain.checkpoints.packing import Weights
-from maepretrain.checkpoints.weights import (
-    load_exactly,
-    load_official,
-    official_weights,
-    read_state,
-)
+from maepretrain.checkpoints.weights import load_exactly, read_state
 from maepretrain.data.augment import Augmentation
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate.classifier import Classifier, Head

@@ -15,12 +15,9 @@ import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import Logger
 
-from maepretrain.checkpoints.sharded import (
-    await_recovery,
-    choose,
-    read_meta,
-    recover,
-)
+from maepretrain.checkpoints.choose import choose
+from maepretrain.checkpoints.folder import await_recovery, recover
+from maepretrain.checkpoints.saved import read_meta
 from maepretrain.files import replacing
 from maepretrain.ranks import is_rank_zero, say
 from maepretrain.runs.configuration import changes

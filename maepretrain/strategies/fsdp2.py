@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from maepretrain.checkpoints.sharded import WEIGHT, Fragment
+from maepretrain.checkpoints.fragments import WEIGHT, Fragment
 from maepretrain.strategies.sharded import ShardedStrategy, require_shardable, state_tensors
 from maepretrain.torch_internals import local_slice
 

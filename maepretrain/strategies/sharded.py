@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from maepretrain.checkpoints.sharded import WEIGHT, Fragment, Saved, load, numbered, save
+from maepretrain.checkpoints.fragments import WEIGHT, Fragment, numbered, save
+from maepretrain.checkpoints.saved import Saved, load
 from maepretrain.strategies.deepspeed_internals import held_by_stage_3
 
 

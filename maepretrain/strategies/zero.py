@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 from torch import Tensor
 
-from maepretrain.checkpoints.sharded import WEIGHT, Fragment
+from maepretrain.checkpoints.fragments import WEIGHT, Fragment
 from maepretrain.lightning_internals import call_through_wrapper
 from maepretrain.strategies.deepspeed_internals import (
     Part,

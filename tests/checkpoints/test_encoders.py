@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
 from maepretrain.checkpoints.encoders import fresh_encoder, load_encoder, require_blocks
-from maepretrain.checkpoints.weights import official_weights
+from maepretrain.checkpoints.official import official_weights
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate.options import data_of_encoder, evaluation_parser
 from maepretrain.models.mae.model import MaskedAutoencoder
@@ -253,7 +253,7 @@ def test_an_official_file_gives_what_timm_gives(
     tmp_path: Path, data: Callable[..., ShardData], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a size that the official code does not publish, or this would take a gigabyte."""
-    from maepretrain.checkpoints import weights as module
+    from maepretrain.checkpoints import official as module
 
     vit: Any = timm.create_model("vit_tiny_patch16_224.augreg_in21k", num_classes=0, img_size=64)
     monkeypatch.setitem(module.OFFICIAL_ENCODERS, (192, 12, 16), "vit_tiny_patch16_224")

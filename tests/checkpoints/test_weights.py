@@ -16,15 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from maepretrain.checkpoints.weights import (
-    from_hugging_face,
-    load_official,
-    official_model,
-    official_weights,
-    read_file,
-    read_weights,
-    to_hugging_face,
-)
+from maepretrain.checkpoints.hugging_face import from_hugging_face, to_hugging_face
+from maepretrain.checkpoints.official import load_official, official_model, official_weights
+from maepretrain.checkpoints.weights import read_file, read_weights
 from maepretrain.models.mae.model import MaskedAutoencoder
 
 Layout = dict[str, tuple[int, ...]]

@@ -19,7 +19,7 @@ from support.runs import TINY, by_step
 from support.slurm_cluster import Cluster, why_not
 from support.written import FOLDER, Seen, read_starts
 
-from maepretrain.checkpoints.sharded import Saved
+from maepretrain.checkpoints.saved import Saved
 
 ROOT = Path(__file__).parents[2]
 BATCH, STEPS = 24, 18

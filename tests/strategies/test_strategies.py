@@ -31,7 +31,8 @@ from support.recorder import (
 )
 from support.runs import TINY
 
-from maepretrain.checkpoints.sharded import Saved, is_sharded, read_meta
+from maepretrain.checkpoints.fragments import is_sharded
+from maepretrain.checkpoints.saved import Saved, read_meta
 
 STEPS, BATCH, KEEP = 20, 24, 7
 CLIP = ["--trainer.gradient_clip_val", "0.5"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maepretrain.checkpoints.encoders import load_encoder
-from maepretrain.checkpoints.sharded import Saved
+from maepretrain.checkpoints.saved import Saved
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate.classifier import Head
 from maepretrain.training.optimizer import Optimization

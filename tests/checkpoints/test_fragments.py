@@ -21,19 +21,10 @@ import torch
 from torch import Tensor
 
 from maepretrain import ranks
-from maepretrain.checkpoints.sharded import (
-    META,
-    WEIGHT,
-    Fragment,
-    Saved,
-    choose,
-    is_checkpoint,
-    load,
-    numbered,
-    read_meta,
-    recover,
-    save,
-)
+from maepretrain.checkpoints.choose import choose
+from maepretrain.checkpoints.folder import recover
+from maepretrain.checkpoints.fragments import META, WEIGHT, Fragment, is_checkpoint, numbered, save
+from maepretrain.checkpoints.saved import Saved, load, read_meta
 from maepretrain.checkpoints.whole import WholeCheckpointIO
 from maepretrain.runs.folder import RunFolder
 
@@ -103,7 +94,7 @@ def write(path: Path, by_rank: list[list[Fragment]], **meta: Any) -> None:
     everything = {"global_step": 1, "shapes": SHAPES} | META_DATA | meta
     with ThreadPoolExecutor(len(by_rank)) as ranks:
         done = [
-            ranks.submit(save, path, everything, own, rank, agree)
+            ranks.submit(save, path, everything, own, rank=rank, agree=agree)
             for rank, own in enumerate(by_rank)
         ]
     errors = [error for rank in done if (error := rank.exception()) is not None]

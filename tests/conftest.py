@@ -1,17 +1,16 @@
-"""Shared by all tests: small real shards, and a small pretraining through the command line."""
+"""Fixtures for all tests: small real shards, and small pretrainings through the command line."""
 
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# Two noisy cores: more threads than one make small models slower, and bit-equality needs a fixed
-# number.
+# One thread: a second one makes small models slower, and bit-equal sums need a fixed number.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from support.runs import TINY
+from support.runs import call_cli, pretrain_tiny_model
 
 from maepretrain.data.shards.write import Arrays, write_shards
 from maepretrain.workflows.quickstart import digits
@@ -20,7 +19,7 @@ torch.set_num_threads(1)
 
 
 def pytest_runtest_teardown() -> None:
-    """A hook, not a fixture: a fixture of a module that fails may leave ranks behind too."""
+    """End the processes that a test, or a fixture that failed, left behind."""
     if "support.recorder" in sys.modules:
         sys.modules["support.recorder"].end_all()
 
@@ -36,47 +35,43 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def run_cli() -> Callable[..., int]:
     """`maepretrain ...` in this process: importing torch and lightning anew costs ten seconds."""
-    from maepretrain.cli.main import main
+    return call_cli
 
-    monkeypatch.setattr(sys, "argv", ["maepretrain"])
-    return lambda *argv: main([str(a) for a in argv])
+
+@pytest.fixture
+def pretrain_tiny(shards: Path) -> Callable[..., int]:
+    """`maepretrain pretrain -c mae/digits` with a tiny model on the small shards; 6 steps an
+    epoch."""
+    return lambda run, *more: pretrain_tiny_model(shards, run, *more)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of 6 steps of that model. Tests read it; one that writes copies it first."""
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    assert pretrain_tiny_model(shards, run, "--trainer.max_steps", 6) == 0
+    return run
 
 
 @pytest.fixture(scope="session")
 def applied(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The run of a few steps of a config on the small shards, of pixels in 0..1; made once for all
     tests."""
-    from maepretrain.cli.main import main
-
     folder, made = tmp_path_factory.mktemp("applied"), {}
 
     def make(name: str, *more: object) -> Path:
         if (name, more) not in made:
             run = made[name, more] = folder / f"{len(made)}-{Path(name).name}"
-            command = ["pretrain", "-c", name, "--run", str(run), "--data.image_size", "8"]
-            command += ["--data.train", f"{shards}/train-*.tar", "--data.val"]
-            command += [f"{shards}/test-*.tar", "--data.global_batch", "30", "--data.flip", "0"]
-            command += ["--data.num_workers", "0", "--trainer.max_steps", "15"]
-            command += ["--optim.warmup_epochs", "0", "--optim.base_lr", "2e-2"]
-            command += ["--data.mean", "[0.0]", "--data.std", "[1.0]"]
-            command += ["--trainer.check_val_every_n_epoch", "100", *map(str, more)]
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", ["maepretrain"])
-                assert main(command) == 0
+            command = ["pretrain", "-c", name, "--run", run, "--pictures", 0]
+            command += ["--data.train", f"{shards}/train-*.tar"]
+            command += ["--data.val", f"{shards}/test-*.tar"]
+            command += ["--data.image_size", 8, "--data.global_batch", 30, "--data.flip", 0]
+            command += ["--data.mean", "[0.0]", "--data.std", "[1.0]", "--data.num_workers", 0]
+            command += ["--optim.warmup_epochs", 0, "--optim.base_lr", "2e-2"]
+            command += ["--trainer.max_steps", 15, "--trainer.check_val_every_n_epoch", 100]
+            assert call_cli(*command, *more) == 0
         return made[name, more]
 
     return make
-
-
-@pytest.fixture
-def pretrain_tiny(shards: Path, run_cli: Callable[..., int]) -> Callable[..., int]:
-    """`maepretrain pretrain -c mae/digits` with a tiny model on the small shards; 6 steps an
-    epoch."""
-
-    def pretrain(run: Path, *more: object) -> int:
-        data = ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
-        return run_cli("pretrain", "-c", "mae/digits", *data, "--run", run, *TINY, *more)
-
-    return pretrain

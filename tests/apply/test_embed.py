@@ -20,12 +20,6 @@ from maepretrain.workflows.quickstart import digits
 Run = Callable[..., int]
 
 
-@pytest.fixture
-def run(tmp_path: Path, pretrain_tiny: Run) -> Path:
-    assert pretrain_tiny(tmp_path / "run", "--trainer.max_steps", 2) == 0
-    return tmp_path / "run"
-
-
 def by_hand(run: Path, keys: Any, pool: str, train: bool = False) -> np.ndarray:
     """Features of the digits of these numbers, without shards, loaders or normalisation of ours."""
     numbers = [int(key) for key in keys]
@@ -38,10 +32,10 @@ def by_hand(run: Path, keys: Any, pool: str, train: bool = False) -> np.ndarray:
 
 @pytest.mark.parametrize("pool", ["mean", "cls", "tokens"])
 def test_a_file_holds_the_features_of_every_image_with_its_key(
-    pool: str, run: Path, tmp_path: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
+    pool: str, tiny_run: Path, tmp_path: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "features.npz"
-    assert run_cli("embed", "--encoder", run, "--out", out, "--pool", pool, "--batch", 7) == 0
+    assert run_cli("embed", "--encoder", tiny_run, "--out", out, "--pool", pool, "--batch", 7) == 0
     file = np.load(out)
     shape = (50, 16, 32) if pool == "tokens" else (50, 32)
     assert file["features"].shape == shape and file["features"].dtype == np.float32
@@ -50,24 +44,24 @@ def test_a_file_holds_the_features_of_every_image_with_its_key(
     assert [Path(url).name for url in file["shards"]] == ["test-000000.tar"] * 43 + [
         "test-000001.tar"
     ] * 7
-    expected = by_hand(run, file["keys"], pool)
+    expected = by_hand(tiny_run, file["keys"], pool)
     np.testing.assert_allclose(file["features"], expected, rtol=0, atol=1e-5)
     assert f"features {shape} float32 of 50 images in {out}" in capsys.readouterr().out
 
 
-def test_the_training_split_in_half_precision(run: Path, tmp_path: Path, run_cli: Run) -> None:
-    options = ["--encoder", run, "--out", tmp_path / "a.npz", "--split", "train", "--half"]
+def test_the_training_split_in_half_precision(tiny_run: Path, tmp_path: Path, run_cli: Run) -> None:
+    options = ["--encoder", tiny_run, "--out", tmp_path / "a.npz", "--split", "train", "--half"]
     assert run_cli("embed", *options, "--data.num_workers", 1) == 0
     file = np.load(tmp_path / "a.npz")
     assert file["features"].shape == (150, 32) and file["features"].dtype == np.float16
-    expected = by_hand(run, file["keys"], "mean", train=True)
+    expected = by_hand(tiny_run, file["keys"], "mean", train=True)
     np.testing.assert_allclose(file["features"], expected, rtol=1e-3, atol=1e-3)
 
 
-def test_parquet(run: Path, tmp_path: Path, run_cli: Run) -> None:
+def test_parquet(tiny_run: Path, tmp_path: Path, run_cli: Run) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     for pool in ("mean", "tokens"):
-        options = ["embed", "--encoder", run, "--pool", pool, "--out"]
+        options = ["embed", "--encoder", tiny_run, "--pool", pool, "--out"]
         assert run_cli(*options, tmp_path / "a.npz") == 0
         assert run_cli(*options, tmp_path / "a.parquet") == 0
         file, table = np.load(tmp_path / "a.npz"), parquet.read_table(tmp_path / "a.parquet")
@@ -78,19 +72,19 @@ def test_parquet(run: Path, tmp_path: Path, run_cli: Run) -> None:
 
 
 def test_without_pyarrow_parquet_is_refused_before_work(
-    run: Path,
+    tiny_run: Path,
     tmp_path: Path,
     run_cli: Run,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("maepretrain.apply.embed.find_spec", lambda _: None)
-    assert run_cli("embed", "--encoder", run, "--out", tmp_path / "a.parquet") == 2
+    assert run_cli("embed", "--encoder", tiny_run, "--out", tmp_path / "a.parquet") == 2
     assert "parquet needs `pip install pyarrow`" in capsys.readouterr().err
 
 
 def test_an_unreadable_image_is_left_out(
-    run: Path, tmp_path: Path, run_cli: Run, shards: Path, capsys: pytest.CaptureFixture[str]
+    tiny_run: Path, tmp_path: Path, run_cli: Run, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damaged = tmp_path / "shards"
     damaged.mkdir()
@@ -104,11 +98,11 @@ def test_an_unreadable_image_is_left_out(
     # Indexed anew: the file is another one.
     (damaged / "test-000000.tar.idx").unlink(missing_ok=True)
     assert run_cli("shards", "index", f"{damaged}/test-*.tar") == 0
-    options = ["--encoder", run, "--out", tmp_path / "a.npz", "--batch", 1]
+    options = ["--encoder", tiny_run, "--out", tmp_path / "a.npz", "--batch", 1]
     assert run_cli("embed", *options, "--data.val", f"{damaged}/test-*.tar") == 0
     file = np.load(tmp_path / "a.npz")
     assert len(set(file["keys"].tolist())) == len(file["features"]) == len(file["labels"]) == 49
-    expected = by_hand(run, file["keys"], "mean")
+    expected = by_hand(tiny_run, file["keys"], "mean")
     np.testing.assert_allclose(file["features"], expected, rtol=0, atol=1e-5)
     assert "1 unreadable samples are left out" in capsys.readouterr().err
 
@@ -140,20 +134,20 @@ def test_other_encoders(
     ],
 )
 def test_mistakes_are_one_line(
-    options: list[str], rule: str, run: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
+    options: list[str], rule: str, tiny_run: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_cli("embed", "--encoder", run, *options) == 2
+    assert run_cli("embed", "--encoder", tiny_run, *options) == 2
     error = capsys.readouterr().err
     assert rule in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])
 def test_a_map_of_the_features(
-    method: str, run: Path, tmp_path: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
+    method: str, tiny_run: Path, tmp_path: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is drawn is tested with `embedding_map`; here that it is of these features."""
     out, mapped = tmp_path / "a.npz", tmp_path / "pictures/map.png"
-    options = ["--encoder", run, "--out", out, "--map", mapped, "--map_method", method]
+    options = ["--encoder", tiny_run, "--out", out, "--map", mapped, "--map_method", method]
     assert run_cli("embed", *options) == 0
     assert f"map in {mapped}\n" in capsys.readouterr().out
     file = np.load(out)
@@ -163,14 +157,14 @@ def test_a_map_of_the_features(
 
 
 def test_a_map_of_images_without_labels_is_gray(
-    run: Path, tmp_path: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
+    tiny_run: Path, tmp_path: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     for i, image in enumerate(digits()[1].images[:12]):
         Image.fromarray(image).save(folder / f"{i}.png")
     assert run_cli("shards", "write", folder, tmp_path / "shards") == 0
-    options = ["--encoder", run, "--out", tmp_path / "a.npz", "--map", tmp_path / "map.png"]
+    options = ["--encoder", tiny_run, "--out", tmp_path / "a.npz", "--map", tmp_path / "map.png"]
     assert run_cli("embed", *options, "--data.val", f"{tmp_path}/shards/train-*.tar") == 0
     assert "; 12 images without label are gray" in capsys.readouterr().out
     colours = Image.open(tmp_path / "map.png").convert("RGB").getcolors(1 << 20) or []
@@ -178,11 +172,11 @@ def test_a_map_of_images_without_labels_is_gray(
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(run: Path, tmp_path: Path, run_cli: Run) -> None:
+def test_two_processes_write_what_one_writes(tiny_run: Path, tmp_path: Path, run_cli: Run) -> None:
     one, two = tmp_path / "one.npz", tmp_path / "two.npz"
-    assert run_cli("embed", "--encoder", run, "--out", one) == 0
+    assert run_cli("embed", "--encoder", tiny_run, "--out", one) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "maepretrain", "embed", "--encoder", str(run), "--out", str(two)]
+    command += ["-m", "maepretrain", "embed", "--encoder", str(tiny_run), "--out", str(two)]
     subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     a, b = np.load(one), np.load(two)
     for name in ("keys", "labels", "shards"):

@@ -3,7 +3,6 @@ on."""
 
 import json
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 from support.recorder import Ranks
+from support.runs import pretrain_tiny_model, weights
 
 from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.evaluate.classifier import Classifier
@@ -24,19 +24,11 @@ EVERYTHING = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def encoder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a tiny pretraining."""
-    from support.runs import TINY
-
-    from maepretrain.cli.main import main
-
+    """The run folder of a tiny pretraining, long enough that fine-tuning beats chance."""
     run = tmp_path_factory.mktemp("encoder") / "run"
-    data = ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
-    argv = ["pretrain", "-c", "mae/digits", *data, "--run", str(run), *TINY]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["maepretrain"])
-        assert main([*argv, "--trainer.max_epochs", "5"]) == 0
+    assert pretrain_tiny_model(shards, run, "--trainer.max_epochs", 5) == 0
     return run
 
 
@@ -57,10 +49,6 @@ def finetune(shards: Path, encoder: Path, run_cli: Run) -> Run:
 
 def result(run: Path) -> dict[str, Any]:
     return json.loads((run / "results.json").read_text())["finetune"]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
 
 def changed(run: Path, encoder: Path) -> set[str]:

@@ -94,7 +94,7 @@ def test_knn_needs_as_many_samples_as_neighbours() -> None:
 
 def test_the_verb_equals_brute_force_on_the_same_features(
     tmp_path: Path,
-    run: Path,
+    tiny_run: Path,
     shards: Path,
     run_cli: Run,
     capsys: pytest.CaptureFixture[str],
@@ -105,7 +105,7 @@ def test_the_verb_equals_brute_force_on_the_same_features(
     from maepretrain.evaluate.features import embed
 
     options = ["--neighbours.ks", "[1,3,200]", "--neighbours.temperatures", "[0.02,0.2]"]
-    assert run_cli("knn", "--encoder", run, "--baselines", "--out", tmp_path, *options) == 0
+    assert run_cli("knn", "--encoder", tiny_run, "--baselines", "--out", tmp_path, *options) == 0
     found = json.loads((tmp_path / "results.json").read_text())["knn"]["rows"]
     data = ShardData(f"{shards}/train-*.tar", f"{shards}/test-*.tar", global_batch=24,
                      image_size=16, channels=1, scale=None, mean=(0.0,), std=(1.0,))  # fmt: skip

@@ -175,11 +175,11 @@ def results(folder: Path, evaluator: str = "probe") -> dict[str, Any]:
 
 
 def test_probe_table(
-    tmp_path: Path, run: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_run: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--out", tmp_path]
     out += ["--sweep.min_steps", 100, "--sweep.epochs", 1]
-    assert run_cli("probe", "--encoder", run, "--baselines", "--tsne", *out) == 0
+    assert run_cli("probe", "--encoder", tiny_run, "--baselines", "--tsne", *out) == 0
     printed, found = capsys.readouterr().out, results(tmp_path)
     rows = found["rows"]
     assert list(rows) == ["pretrained", "random encoder", "raw pixels", "PCA-64"]
@@ -203,9 +203,19 @@ def test_probe_table(
 
 
 def test_few_labels_and_seeds(
-    tmp_path: Path, run: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_run: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--encoder", run, "--out", tmp_path, *SHORT, "--blocks", "[-1]", "--pools", "[mean]"]
+    options = [
+        "--encoder",
+        tiny_run,
+        "--out",
+        tmp_path,
+        *SHORT,
+        "--blocks",
+        "[-1]",
+        "--pools",
+        "[mean]",
+    ]
     assert run_cli("probe", *options, "--labels-per-class", 3, "--seeds", 3, "--seed", 5) == 0
     assert "50 test images, 30 labelled" in capsys.readouterr().out
     found = results(tmp_path)
@@ -266,13 +276,13 @@ def test_the_grids_edge_is_told_where_it_matters(
 )
 def test_what_cannot_be_probed_is_one_line(
     tmp_path: Path,
-    run: Path,
+    tiny_run: Path,
     run_cli: Run,
     capsys: pytest.CaptureFixture[str],
     options: list[object],
     message: str,
 ) -> None:
-    assert run_cli("probe", "--encoder", run, "--out", tmp_path, *options) == 2
+    assert run_cli("probe", "--encoder", tiny_run, "--out", tmp_path, *options) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1]
     assert not (tmp_path / "results.json").exists()
@@ -291,12 +301,12 @@ def test_an_encoder_without_a_run_needs_a_folder(
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["probe", "knn"])
 def test_two_processes_give_what_one_gives(
-    tmp_path: Path, run: Path, run_cli: Run, verb: str
+    tmp_path: Path, tiny_run: Path, run_cli: Run, verb: str
 ) -> None:
     """An odd number of settings, 3, and shares of images that are not equal."""
     from support.recorder import READS, RECORDS, _context, _free_port, _run_rank
 
-    options = ["--encoder", str(run), "--baselines", "--labels_per_class", "7", "--seeds", "2"]
+    options = ["--encoder", str(tiny_run), "--baselines", "--labels_per_class", "7", "--seeds", "2"]
     options += (
         [
             "--sweep.min_steps",

@@ -3,9 +3,7 @@ run that goes on as if it had never been stopped, its validations too."""
 
 import itertools
 import json
-import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,7 @@ import torch
 from support.recorder import Ranks, read_records
 from support.recorder_runs import OPTIONS, write_pictures
 from support.runs import by_step
-from torch import Tensor, nn
 
-from maepretrain.randomness import uniform
 from maepretrain.runs.folder import RunFolder
 from maepretrain.training.preemption import listener
 from maepretrain.training.stop_request import StopRequest
@@ -27,44 +23,6 @@ pytestmark = pytest.mark.slow
 Run = Callable[..., int]
 # 7 batches of validation after steps 3, 6 and 9.
 RECIPE = [*OPTIONS, "--trainer.max_steps", "9", "--trainer.val_check_interval", "3"]
-
-
-class Told(nn.Module):
-    """A linear layer whose process is sent a signal in the middle of its work.
-
-    Args:
-        signal: its name.
-        at: train:N, validate:N (its N-th forward pass there, counted from 1), or make.
-        rank: of the process; others are told nothing.
-        pace: seconds that a forward pass takes.
-    """
-
-    def __init__(
-        self,
-        image_size: int = 8,
-        channels: int = 3,
-        signal: str = "",
-        at: str = "",
-        rank: int = 0,
-        pace: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.linear = nn.Linear(channels * image_size**2, 4)
-        self.signal, self.at, self.rank, self.pace = signal, at, rank, pace
-        self.passes = {True: 0, False: 0}
-        self._tell("make")
-
-    def _tell(self, now: str) -> None:
-        if now == self.at and int(os.environ.get("RANK", "0")) == self.rank:
-            signal.raise_signal(signal.Signals[self.signal])
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.training or not torch.is_grad_enabled():  # counting FLOPs is neither
-            self.passes[self.training] += 1
-            time.sleep(self.pace)
-            self._tell(f"{'train' if self.training else 'validate'}:{self.passes[self.training]}")
-        target = uniform(1, "target", batch["position"], 4)
-        return {"loss": (self.linear(batch["input"].flatten(1)) - target).square().mean()}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +36,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(pictures: Path, run: Path, **how: object) -> list[object]:
     told = [word for key, value in how.items() for word in (f"--model.{key}", value)]
     data = ["--data.train", f"{pictures}/train-*.tar", "--data.val", f"{pictures}/test-*.tar"]
-    model = ["--model", "test_preemption.Told", *told]
+    model = ["--model", "support.signalled.Signalled", *told]
     return ["pretrain", *RECIPE, *data, "--data.num_workers", 0, *model, "--run", run]
 
 

@@ -3,6 +3,7 @@ against the model's FLOPs and against runs that were not stopped."""
 
 import csv
 import resource
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_small_images_first_and_a_stop_on_either_side(
     length = ["--trainer.max_steps", 6, "--keep_every_steps", 1, *SIXTEEN]
     assert pretrain_tiny(tmp_path / "whole", *length) == 0
     assert seen[:12] == [8] * 6 + [16] * 6  # the loss and its encoder each look once a step
-    assert pretrain_tiny(tmp_path / "cut", *length) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     cut_back(tmp_path / "cut", step)
     assert pretrain_tiny(tmp_path / "cut", *length, "--resume") == 0
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")

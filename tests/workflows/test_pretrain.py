@@ -2,6 +2,7 @@
 refused."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,30 +19,37 @@ from support.runs import (
     assert_same_weights,
     column,
     cut_back,
+    pretrain_tiny_model,
     weights,
 )
 
 Run = Callable[..., int]
 
 
+TWO_EPOCHS = ["--trainer.max_epochs", 2, "--trainer.check_val_every_n_epoch", 1]
+TWO_EPOCHS += ["--keep_every_steps", 1]
+
+
+@pytest.fixture(scope="module")
+def never_stopped(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs, with a checkpoint of every step."""
+    run = tmp_path_factory.mktemp("never-stopped") / "run"
+    assert pretrain_tiny_model(shards, run, *TWO_EPOCHS) == 0
+    return run
+
+
 @pytest.mark.parametrize("step", [4, 6, 11], ids=["mid-epoch", "at validation", "near an end"])
-def test_resume_equals_never_stopped(tmp_path: Path, pretrain_tiny: Run, step: int) -> None:
-    length = [
-        "--trainer.max_epochs",
-        2,
-        "--trainer.check_val_every_n_epoch",
-        1,
-        "--keep_every_steps",
-        1,
-    ]
-    assert pretrain_tiny(tmp_path / "whole", *length) == 0
-    assert pretrain_tiny(tmp_path / "cut", *length) == 0
-    cut_back(tmp_path / "cut", step)
-    assert pretrain_tiny(tmp_path / "cut", *length, "--resume") == 0
-    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+def test_resume_equals_never_stopped(
+    tmp_path: Path, never_stopped: Path, pretrain_tiny: Run, step: int
+) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(never_stopped, cut)
+    cut_back(cut, step)
+    assert pretrain_tiny(cut, *TWO_EPOCHS, "--resume") == 0
+    assert_same_weights(never_stopped, cut)
     for name in ("loss", "val_loss", "lr"):
-        assert column(tmp_path / "cut", name) == column(tmp_path / "whole", name)
-    assert [s for s, _ in column(tmp_path / "cut", "loss")] == list(range(12))
+        assert column(cut, name) == column(never_stopped, name)
+    assert [step for step, _ in column(cut, "loss")] == list(range(12))
 
 
 def test_resume_with_other_accumulation_goes_on_with_the_samples_that_were_due(
@@ -72,8 +80,8 @@ def test_a_finished_run_can_be_made_longer(tmp_path: Path, pretrain_tiny: Run) -
 
 def test_live_probe_leaves_the_loss_curve_bit_equal(tmp_path: Path, pretrain_tiny: Run) -> None:
     length = ["--trainer.max_epochs", 2, "--trainer.check_val_every_n_epoch", 1]
-    assert pretrain_tiny(tmp_path / "off", *length, "--pictures", 0) == 0
-    assert pretrain_tiny(tmp_path / "on", *length, "--live_probe", 100) == 0
+    assert pretrain_tiny(tmp_path / "off", *length) == 0
+    assert pretrain_tiny(tmp_path / "on", *length, "--live_probe", 100, "--pictures", 2) == 0
     assert column(tmp_path / "on", "loss") == column(tmp_path / "off", "loss")
     assert_same_weights(tmp_path / "on", tmp_path / "off")
     assert all(0.1 < value <= 1 for _, value in column(tmp_path / "on", "val_probe"))

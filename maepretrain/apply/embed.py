@@ -1,17 +1,9 @@
-"""`maepretrain embed`: the features of images with their keys, in a file for retrieval.
+"""`maepretrain embed`: the features of images with their keys, in a file for retrieval."""
 
-A .npz holds `features` (n, d), `keys`, `labels` (-1: none) and `shards`; a .parquet has one row for
-each image with `key`, `shard`, `label` and `feature`. Both are in the order of the shards. `made`,
-JSON (of parquet in the table's metadata), says by which encoder and how images were shown to it:
-`maepretrain search` shows it queries alike.
-"""
-
-import io
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,6 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from maepretrain.apply.embeddings import Embeddings, check_path, write
 from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.data.batch import Batch
 from maepretrain.data.images import CentreCrop
@@ -28,21 +21,19 @@ from maepretrain.data.normalise import Normalise
 from maepretrain.data.samples import Samples
 from maepretrain.evaluate.features import Processes
 from maepretrain.evaluate.options import evaluation_parser
-from maepretrain.files import replacing
 from maepretrain.parsing import make_parser, parse
 from maepretrain.plots import embedding_map
 
 Pool = Literal["mean", "cls", "tokens"]
 
 
-class Embeddings(NamedTuple):
-    """Features with what they are of; row i of each is the same image. And how they were made."""
+class Encoded(NamedTuple):
+    """Features and labels of a share of the samples: of the k of them that can be read; `readable`
+    has an entry for all m."""
 
-    features: Float[np.ndarray, "n *d"]
-    keys: list[str]
-    labels: Int64[np.ndarray, "n"]
-    shards: list[str]
-    made: str
+    features: Float[np.ndarray, "k *d"]
+    labels: Int64[np.ndarray, "k"]
+    readable: Bool[np.ndarray, "m"]
 
 
 def embed_images(
@@ -59,7 +50,7 @@ def embed_images(
     """Write the features of all images of a split, with their keys, labels and shards.
 
     On several processes (torchrun, SLURM) each encodes its share and the first one writes. An image
-    that cannot be read is left out, and how many were is said.
+    that cannot be read is left out, and their number is printed.
 
     Args:
         encoder: a run folder, a file of weights, or timm:NAME.
@@ -80,7 +71,7 @@ def embed_images(
         ValueError: another kind of file, no such split, an encoder or pool that does not fit,
             features beyond float16.
     """
-    _check_out(out)
+    check_path(out)
     _check_map(map, pool)
     index = data.index if split == "train" else data.val_index
     if index is None or not len(index):
@@ -91,29 +82,43 @@ def embed_images(
     with Processes() as processes:
         encode = Encode(load_encoder(encoder, data), data, pool, processes.device)
         share = processes.share(len(samples))
-        features, labels, good = encode_all(encode, samples, share, batch, data.num_workers, half)
-        parts = processes.all((features, labels, good))
+        encoded = encode_all(encode, samples, share, batch, workers=data.num_workers, half=half)
+        shares = processes.all(encoded)
         if processes.rank:
             return 0
-    features, labels, good = (
-        np.concatenate([part[i] for part in parts if len(part[2])]) for i in range(3)
-    )
-    names = [name for name, g in zip(samples.names([*range(len(samples))]), good, strict=True) if g]
-    if len(names) < len(samples):
-        print(f"{len(samples) - len(names)} unreadable samples are left out", file=sys.stderr)
-    keys, shards = [key for _, key in names], [url for url, _ in names]
-    write(out, Embeddings(features, keys, labels, shards, _how_made(encoder, pool, data)))
-    print(f"features {features.shape} {features.dtype} of {len(names):,} images in {out}")
+    embeddings = _join(shares, samples, made=_how_made(encoder, pool, data))
+    unreadable = len(samples) - len(embeddings.keys)
+    if unreadable:
+        print(f"{unreadable} unreadable samples are left out", file=sys.stderr)
+    write(out, embeddings)
+    features = embeddings.features
+    print(f"features {features.shape} {features.dtype} of {len(features):,} images in {out}")
     if map is not None:
-        _draw_map(features, labels, map, map_method)
-    return len(names)
+        _draw_map(features, embeddings.labels, map, map_method)
+    return len(features)
+
+
+def _join(shares: list[Encoded], samples: Samples, made: str) -> Embeddings:
+    """The features of all processes, with the names of their samples."""
+    some = [share for share in shares if len(share.readable)]
+    readable = np.concatenate([share.readable for share in some])
+    names = samples.names(np.flatnonzero(readable).tolist())
+    return Embeddings(
+        features=np.concatenate([share.features for share in some]),
+        keys=[key for _, key in names],
+        labels=np.concatenate([share.labels for share in some]),
+        shards=[url for url, _ in names],
+        made=made,
+    )
 
 
 class Encode:
-    """From uint8 images to features on the CPU."""
+    """Maps uint8 images to features on the CPU."""
 
     def __init__(self, model: nn.Module, data: ShardData, pool: Pool, device: torch.device) -> None:
-        self.model, self.pool, self.device = cast(Any, model.eval().to(device)), pool, device
+        self.model = cast(Any, model.eval().to(device))
+        self.pool = pool
+        self.device = device
         self.normalise = Normalise(data.mean, data.std).to(device)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -133,9 +138,9 @@ class Encode:
 
 @torch.no_grad()
 def encode_all(
-    encode: Encode, samples: Samples, share: range, batch: int, workers: int, half: bool
-) -> tuple[Float[np.ndarray, "k *d"], Int64[np.ndarray, "k"], Bool[np.ndarray, "m"]]:
-    """Features and labels of the samples of a share that can be read, and which of them can.
+    encode: Encode, samples: Samples, share: range, batch: int, *, workers: int, half: bool
+) -> Encoded:
+    """Encode the samples of a share that can be read.
 
     Raises:
         ValueError: features that float16 cannot hold, where it is asked for.
@@ -146,20 +151,26 @@ def encode_all(
         num_workers=workers,
         collate_fn=cast(Any, _as_batch),
     )
-    features, labels, good = [], [], []
-    shown = sys.stderr.isatty() and share.start == 0
-    for read in track(loader, "features", len(loader), disable=not shown):
-        fine = read["error"][:, 0] == 0
-        encoded = encode(read["input"][fine])
-        if half and encoded.numel() and encoded.abs().max() > torch.finfo(torch.float16).max:
-            raise ValueError("features are beyond the 65,504 that float16 holds: leave out --half")
-        features.append((encoded.half() if half else encoded).numpy())
-        labels.append(read["label"][fine].numpy())
-        good.append(fine.numpy())
-    empty = (np.zeros((0, 0), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))
-    found = zip((features, labels, good), empty, strict=True)
-    rows, classes, which = (np.concatenate(parts) if parts else none for parts, none in found)
-    return rows, classes, which
+    features: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    readable: list[np.ndarray] = []
+    visible = sys.stderr.isatty() and share.start == 0
+    for read in track(loader, "features", len(loader), disable=not visible):
+        good = read["error"][:, 0] == 0
+        encoded = encode(read["input"][good])
+        features.append((_as_half(encoded) if half else encoded).numpy())
+        labels.append(read["label"][good].numpy())
+        readable.append(good.numpy())
+    if not readable:  # more processes than samples
+        nothing = np.zeros((0, 0), np.float32)
+        return Encoded(nothing, np.zeros(0, np.int64), np.zeros(0, bool))
+    return Encoded(np.concatenate(features), np.concatenate(labels), np.concatenate(readable))
+
+
+def _as_half(features: Tensor) -> Tensor:
+    if features.numel() and features.abs().max() > torch.finfo(torch.float16).max:
+        raise ValueError("features are beyond the 65,504 that float16 holds: leave out --half")
+    return features.half()
 
 
 def _as_batch(batch: Batch) -> Batch:
@@ -167,13 +178,18 @@ def _as_batch(batch: Batch) -> Batch:
 
 
 def _how_made(encoder: str, pool: Pool, data: ShardData) -> str:
+    """JSON of the encoder, the pool and the way in which images were shown."""
     spec = encoder if encoder.startswith("timm:") else str(Path(encoder).absolute())
-    shown: dict[str, Any] = {"image_size": list(data.shape[1:])}
-    shown |= {"channels": data.channels, "exif": data.exif}
-    shown |= {"mean": list(data.mean), "std": list(data.std)}
+    view: dict[str, Any] = {
+        "image_size": list(data.shape[1:]),
+        "channels": data.channels,
+        "exif": data.exif,
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
     if isinstance(data.centre_crop, CentreCrop):
-        shown["val_share"] = data.centre_crop.share
-    return json.dumps({"encoder": spec, "pool": pool, "data": shown})
+        view["val_share"] = data.centre_crop.share
+    return json.dumps({"encoder": spec, "pool": pool, "data": view})
 
 
 def _check_map(path: Path | None, pool: Pool) -> None:
@@ -192,77 +208,9 @@ def _draw_map(
     if len(features) < 3:
         raise ValueError(f"a map needs 3 images or more, not {len(features)}")
     embedding_map(torch.from_numpy(features), torch.from_numpy(labels), path, method)
-    without = int((labels < 0).sum())
-    print(f"map in {path}" + (f"; {without:,} images without label are gray" if without else ""))
-
-
-def _check_out(out: Path) -> None:
-    if out.suffix not in (".npz", ".parquet"):
-        raise ValueError(f"--out {out} must end in .npz or .parquet")
-    if out.suffix == ".parquet":
-        _require_pyarrow(out)
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}")
-
-
-def _require_pyarrow(path: Path) -> None:
-    if find_spec("pyarrow") is None:
-        raise ValueError(f"{path}: parquet needs `pip install pyarrow`; .npz needs nothing")
-
-
-def write(out: Path, rows: Embeddings) -> None:
-    """Write a .npz or a .parquet."""
-    with replacing(out) as file:
-        if out.suffix == ".npz":
-            named = rows._replace(keys=np.array(rows.keys), shards=np.array(rows.shards))  # pyright: ignore
-            np.savez(cast(Any, file), **named._asdict())
-        else:
-            _write_parquet(file, rows)
-
-
-def _write_parquet(file: IO[bytes], rows: Embeddings) -> None:
-    import pyarrow  # pyright: ignore[reportMissingImports]
-    from pyarrow import parquet  # pyright: ignore[reportMissingImports]
-
-    # One axis a level: a list of features, or of tokens.
-    column = pyarrow.array(rows.features.reshape(-1))
-    for length in rows.features.shape[:0:-1]:
-        column = pyarrow.FixedSizeListArray.from_arrays(column, length)
-    columns = {"key": rows.keys, "shard": rows.shards, "label": rows.labels, "feature": column}
-    table = pyarrow.table(columns).replace_schema_metadata({"made": rows.made})
-    parquet.write_table(table, file)
-
-
-def read(path: Path) -> Embeddings:
-    """What `write` wrote.
-
-    Raises:
-        ValueError: another file, or a .parquet where pyarrow is not installed.
-        KeyError: a file without these columns.
-        OSError: a file that is not there.
-    """
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    with np.load(io.BytesIO(path.read_bytes())) as file:
-        found = {name: file[name] for name in Embeddings._fields}
-    columns = {name: found[name].tolist() for name in ("keys", "shards")}
-    return Embeddings(found["features"], labels=found["labels"], made=str(found["made"]), **columns)
-
-
-def _read_parquet(path: Path) -> Embeddings:
-    _require_pyarrow(path)
-    import pyarrow  # pyright: ignore[reportMissingImports]
-    from pyarrow import parquet  # pyright: ignore[reportMissingImports]
-
-    table = parquet.read_table(pyarrow.BufferReader(path.read_bytes())).combine_chunks()
-    shape, column = [len(table)], table["feature"].combine_chunks()
-    while pyarrow.types.is_fixed_size_list(column.type):
-        shape.append(column.type.list_size)
-        column = column.flatten()
-    features = column.to_numpy(zero_copy_only=False).reshape(shape).copy()  # writable, for torch
-    keys, shards = (table[name].to_pylist() for name in ("key", "shard"))
-    made = table.schema.metadata[b"made"].decode()
-    return Embeddings(features, keys, table["label"].to_numpy().copy(), shards, made)
+    unlabelled = int((labels < 0).sum())
+    gray = f"; {unlabelled:,} images without label are gray" if unlabelled else ""
+    print(f"map in {path}{gray}")
 
 
 def embed_command(argv: list[str]) -> int:

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from maepretrain.apply.embed import Embeddings, Encode, read
+from maepretrain.apply.embed import Encode
+from maepretrain.apply.embeddings import Embeddings, read
 from maepretrain.apply.inputs import read_images
 from maepretrain.apply.reconstruct import check_picture
 from maepretrain.checkpoints.encoders import load_encoder

@@ -78,7 +78,7 @@ def test_without_pyarrow_parquet_is_refused_before_work(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("maepretrain.apply.embed.find_spec", lambda _: None)
+    monkeypatch.setattr("maepretrain.apply.embeddings.find_spec", lambda _: None)
     assert run_cli("embed", "--encoder", tiny_run, "--out", tmp_path / "a.parquet") == 2
     assert "parquet needs `pip install pyarrow`" in capsys.readouterr().err
 

@@ -17,12 +17,12 @@ class Run(NamedTuple):
 
     Args:
         start: where they begin in the flattened tensor.
-        count: how many.
+        length: how many.
         read: from (first, end) inside the run to the numbers there.
     """
 
     start: int
-    count: int
+    length: int
     read: Callable[[int, int], Tensor]
 
 
@@ -119,7 +119,7 @@ class Saved:
         here = start
         end = start + count
         for run in self._runs.get((kind, name), []):
-            run_end = min(end, run.start + run.count)
+            run_end = min(end, run.start + run.length)
             if run.start <= here < run_end:
                 pieces.append(run.read(here - run.start, run_end - run.start))
                 here = run_end

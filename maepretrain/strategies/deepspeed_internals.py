@@ -23,13 +23,13 @@ class Part(NamedTuple):
             has no number on this process.
         offset: where the run begins in `flat`.
         start: where it begins in the flattened parameter.
-        count: its length.
+        length: how many numbers.
     """
 
     flat: Tensor | None
     offset: int
     start: int
-    count: int
+    length: int
 
 
 def disable_kernels() -> None:

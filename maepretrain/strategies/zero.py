@@ -192,7 +192,7 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
         """Stage 3: parts of parameters, and of their fp32 copies."""
         shape = tuple(parameter.ds_shape)
         part = part_of_parameter(self._zero, parameter)
-        own = {WEIGHT: parameter.ds_tensor.data.view(-1)[: part.count]}
+        own = {WEIGHT: parameter.ds_tensor.data.view(-1)[: part.length]}
         yield Fragment(name, part.start, own, shape, written=not parameter.requires_grad)
         if part.flat is not None:
             values = self._values(part.flat, part, expected)
@@ -204,9 +204,9 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
         """A part of a flat fp32 tensor, and of its optimizer state."""
         fused = bool(self.optimizer_groups()[0].get("fused"))
         state = state_tensors(self.optimizer_states()[flat], flat, expected, on_device=fused)
-        values = {WEIGHT: flat.data.narrow(0, part.offset, part.count)}
+        values = {WEIGHT: flat.data.narrow(0, part.offset, part.length)}
         for kind, tensor in state.items():
-            values[kind] = tensor.narrow(0, part.offset, part.count) if tensor.ndim else tensor
+            values[kind] = tensor.narrow(0, part.offset, part.length) if tensor.ndim else tensor
         return values
 
     def call(self, method: str, *arguments: Any) -> Any:

@@ -83,9 +83,9 @@ def test_parts_hold_the_numbers_of_their_parameter(stage: int) -> None:
             assert part.flat is None
             continue
         assert part.flat is not None
-        found = part.flat.detach()[part.offset : part.offset + part.count]
-        assert torch.equal(found, before[name][part.start : part.start + part.count])
-        assert part.count == len(before[name])
+        found = part.flat.detach()[part.offset : part.offset + part.length]
+        assert torch.equal(found, before[name][part.start : part.start + part.length])
+        assert part.length == len(before[name])
         assert bool(held_by_stage_3(parameter)) == (stage == 3)
 
 

@@ -4,16 +4,45 @@ from typing import Any
 
 import yaml
 
+# Options of a resume itself.
+RESUME_OPTIONS = frozenset({"resume", "overwrite", "ckpt_path", "same_config"})
+# Beginnings of the lines of `changes` that leave a run the same experiment: how long it is, where
+# it runs, and what it keeps.
+SAME_EXPERIMENT = (
+    "allow_reorder:",
+    "checkpoint_every",
+    "compile:",
+    "data.cache",
+    "data.num_workers:",
+    "keep_every",
+    "live_probe:",
+    "pictures:",
+    "run:",
+    "threads:",
+    "trainer.accelerator",
+    "trainer.accumulate_grad_batches",
+    "trainer.devices",
+    "trainer.log_every",
+    "trainer.max_",
+    "trainer.num_nodes",
+    "trainer.profiler",
+    "trainer.strategy",
+)
+
 
 def changes(before: str, now: str) -> list[str]:
     """`key: old -> new` for every value that differs between two YAML configurations."""
-    old, new = (flat(yaml.safe_load(text) or {}) for text in (before, now))
-    ignored = {"resume", "overwrite", "ckpt_path", "same_config"}
+    old = flat(yaml.safe_load(before) or {})
+    new = flat(yaml.safe_load(now) or {})
+    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in ignored
+        f"{key}: {old.get(key)} -> {new.get(key)}" for key in differing if key not in RESUME_OPTIONS
     ]
+
+
+def changes_of_experiment(before: str, now: str) -> list[str]:
+    """The changes that make a run another experiment."""
+    return [line for line in changes(before, now) if not line.startswith(SAME_EXPERIMENT)]
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

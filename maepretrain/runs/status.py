@@ -1,7 +1,6 @@
-"""What a run folder says of its run, without torch: RUN/status.json, RUN/starts.json and the verb
-`status`.
+"""The status of a run, without torch: RUN/status.json, RUN/starts.json and the verb `status`.
 
-RUN/status.json is the one place that says whether a run came to its end:
+RUN/status.json alone says whether a run came to its end:
 
     state             running, preempted (SLURM took the nodes), stopped (by Ctrl-C), failed, done
     starts            how often the run was started; one more than its restarts
@@ -11,16 +10,16 @@ RUN/status.json is the one place that says whether a run came to its end:
     saved_step        step of the last checkpoint, and `saved_at`, its time
     changed_at        of this file; times are seconds since 1970
 
-A run that was killed says "running"; how long its folder has been silent tells.
+A run that was killed still is "running"; how long its folder has been silent shows it.
 
 RUN/starts.json has an object for each start:
 
     at                its time
     step              that it went on from
     after             the state that the start before left; "running" where it was killed
-    command, folder   what was typed, and where; no command where another program called
+    command, folder   the command line, and its folder; no command where another program called
     host, job         machine of rank zero, number of the SLURM job
-    applied           what was really applied, as the run printed it
+    applied           the lines that the run printed of itself
     versions          of Python, the packages, the system and the device
 """
 
@@ -38,23 +37,43 @@ from typing import Any
 
 from maepretrain.files import replacing
 
-FILE, STARTS = "status.json", "starts.json"
+STATUS_NAME = "status.json"
+STARTS_NAME = "starts.json"
 PACKAGES = (
-    *("maepretrain", "torch", "torchvision", "lightning", "timm", "webdataset", "deepspeed"),
-    *("transformers", "scikit-learn", "numpy"),
+    "maepretrain",
+    "torch",
+    "torchvision",
+    "lightning",
+    "timm",
+    "webdataset",
+    "deepspeed",
+    "transformers",
+    "scikit-learn",
+    "numpy",
 )
-# Of metrics.csv, they have columns of their own or say nothing of a model.
-ELSEWHERE = {"step", "epoch", "img_per_s", "data_wait", "memory_gb", "mfu", "lr", "grad_norm"}
-ELSEWHERE |= {"skipped"}
+# Columns of metrics.csv that are no figure of the model, or have a column of their own.
+NO_FIGURES = frozenset(
+    {
+        "data_wait",
+        "epoch",
+        "grad_norm",
+        "img_per_s",
+        "lr",
+        "memory_gb",
+        "mfu",
+        "skipped",
+        "step",
+    }
+)
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """What RUN/status.json holds; empty where the run has not begun.
+    """The values of RUN/status.json; empty where the run has not begun.
 
     Raises:
         ValueError: it is no status of a run.
     """
-    path = run / FILE
+    path = run / STATUS_NAME
     if not path.exists():
         return {}
     try:
@@ -68,17 +87,17 @@ def read_status(run: Path) -> dict[str, Any]:
 def write_status(run: Path, **changed: Any) -> None:
     """Change some values of RUN/status.json."""
     status = read_status(run) | changed | {"changed_at": time.time()}
-    with replacing(run / FILE) as file:
+    with replacing(run / STATUS_NAME) as file:
         file.write((json.dumps(status, indent=1) + "\n").encode())
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
-    """What RUN/starts.json holds; empty where the run has not begun, or is older than the file.
+    """The starts in RUN/starts.json; empty where the run has not begun, or is older than the file.
 
     Raises:
         ValueError: it is no list of starts.
     """
-    path = run / STARTS
+    path = run / STARTS_NAME
     if not path.exists():
         return []
     try:
@@ -88,13 +107,13 @@ def read_starts(run: Path) -> list[dict[str, Any]]:
     return starts
 
 
-def write_start(run: Path, anew: bool, **about: Any) -> None:
+def write_start(run: Path, *, anew: bool, **about: Any) -> None:
     """Add a start to RUN/starts.json.
 
     Args:
         run: the run folder.
         anew: forget the starts of before.
-        about: values that this process does not know by itself.
+        about: further values.
     """
     start: dict[str, Any] = {"at": time.time(), "folder": str(Path.cwd()), "host": platform.node()}
     if len(sys.argv) > 1:
@@ -105,19 +124,17 @@ def write_start(run: Path, anew: bool, **about: Any) -> None:
     if not anew:
         with suppress(ValueError):  # a damaged list must not keep a run from going on
             starts = read_starts(run)
-    with replacing(run / STARTS) as file:
+    with replacing(run / STARTS_NAME) as file:
         file.write(json.dumps([*starts, start | about], indent=1).encode() + b"\n")
 
 
 def versions() -> dict[str, str]:
     """Versions of the packages that are installed and matter to a run."""
-    found = {}
+    installed: dict[str, str] = {}
     for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(metadata.PackageNotFoundError):
+            installed[package] = metadata.version(package)
+    return installed
 
 
 def status(runs: list[Path], done: bool = False) -> int:
@@ -148,11 +165,13 @@ def status(runs: list[Path], done: bool = False) -> int:
     if not console.is_terminal:
         console = Console(width=240)  # rich takes 80 columns for a log, and cuts
     console.print(table)
-    unfinished = [name for name, row in rows.items() if row["state"] != "done"]
-    if done and unfinished:
-        states = ", ".join(f"{name} ({rows[name]['state']})" for name in unfinished)
-        print(f"not come to its end: {states}")
-    return 1 if done and unfinished else 0
+    unfinished = [
+        f"{name} ({row['state']})" for name, row in rows.items() if row["state"] != "done"
+    ]
+    if not done or not unfinished:
+        return 0
+    print(f"not come to its end: {', '.join(unfinished)}")
+    return 1
 
 
 def describe(run: Path, now: float | None = None) -> dict[str, str]:
@@ -168,27 +187,40 @@ def describe(run: Path, now: float | None = None) -> dict[str, str]:
     if not (run / "config.yaml").exists():
         raise ValueError(f"{run} holds no run: it has no config.yaml")
     now = time.time() if now is None else now
-    found, last = read_status(run), last_values(run / "metrics.csv")
-    step = int(last["step"]) + 1 if "step" in last else 0
-    step = max(step, int(found.get("saved_step", 0)))
-    state, steps = found.get("state", "not begun"), found.get("steps", 0)
-    rate = float(last.get("img_per_s", 0))
-    row = {"state": state, "step": f"{step:,}/{steps:,}" if steps else f"{step:,}"}
-    row["epoch"] = f"{step / found['steps_per_epoch']:.1f}" if "steps_per_epoch" in found else "-"
-    row["img/s"] = f"{rate:,.0f}" if rate else "-"
-    runs_on = state == "running" and rate
-    row["ETA"] = duration((steps - step) * found["global_batch"] / rate) if runs_on else "-"
-    row["restarts"] = str(found["starts"] - 1) if "starts" in found else "-"
-    row["last checkpoint"] = "-"
-    if "saved_step" in found:
-        ago = duration(now - found["saved_at"])
-        row["last checkpoint"] = f"step {found['saved_step']:,}, {ago} ago"
-    files = (run / name for name in (FILE, "metrics.csv", "config.yaml"))
-    silent = now - max(path.stat().st_mtime for path in files if path.exists())
-    row["silent"] = duration(silent) if state == "running" else "-"
-    metrics = {name: value for name, value in last.items() if name not in ELSEWHERE}
-    row["last metrics"] = " ".join(f"{name} {float(v):.4g}" for name, v in metrics.items())
+    saved = read_status(run)
+    metrics = last_values(run / "metrics.csv")
+    logged_steps = int(metrics["step"]) + 1 if "step" in metrics else 0
+    step = max(logged_steps, int(saved.get("saved_step", 0)))
+    steps = saved.get("steps", 0)
+    state = saved.get("state", "not begun")
+    rate = float(metrics.get("img_per_s", 0))
+    row = dict.fromkeys(
+        ("state", "step", "epoch", "img/s", "ETA", "restarts", "last checkpoint", "silent"), "-"
+    )
+    row["state"] = state
+    row["step"] = f"{step:,}/{steps:,}" if steps else f"{step:,}"
+    if "steps_per_epoch" in saved:
+        row["epoch"] = f"{step / saved['steps_per_epoch']:.1f}"
+    if rate:
+        row["img/s"] = f"{rate:,.0f}"
+    if rate and state == "running":
+        row["ETA"] = duration((steps - step) * saved["global_batch"] / rate)
+    if "starts" in saved:
+        row["restarts"] = str(saved["starts"] - 1)
+    if "saved_step" in saved:
+        ago = duration(now - saved["saved_at"])
+        row["last checkpoint"] = f"step {saved['saved_step']:,}, {ago} ago"
+    if state == "running":
+        row["silent"] = duration(now - _last_change(run))
+    figures = {name: value for name, value in metrics.items() if name not in NO_FIGURES}
+    row["last metrics"] = " ".join(f"{name} {float(v):.4g}" for name, v in figures.items())
     return row
+
+
+def _last_change(run: Path) -> float:
+    """The time of the last change of a run folder."""
+    files = [run / name for name in (STATUS_NAME, "metrics.csv", "config.yaml")]
+    return max(path.stat().st_mtime for path in files if path.exists())
 
 
 def last_values(path: Path) -> dict[str, str]:

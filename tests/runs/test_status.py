@@ -77,20 +77,20 @@ def test_starts_are_added_until_the_run_is_made_anew(
     assert read_starts(tmp_path) == []
     monkeypatch.setattr(sys, "argv", ["maepretrain", "pretrain", "--run", "my run"])
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    write_start(tmp_path, False, step=0, after=None)
+    write_start(tmp_path, anew=False, step=0, after=None)
     monkeypatch.setattr(sys, "argv", ["maepretrain"])
     monkeypatch.delenv("SLURM_JOB_ID")
-    write_start(tmp_path, False, step=48, after="running")
+    write_start(tmp_path, anew=False, step=48, after="running")
     first, second = read_starts(tmp_path)
     assert first["command"] == "maepretrain pretrain --run 'my run'" and first["job"] == "17"
     assert (second["step"], second["after"], second["folder"]) == (48, "running", str(Path.cwd()))
     assert not {"command", "job"} & second.keys() and second["at"] >= first["at"] > 1e9
-    write_start(tmp_path, True, step=0)
+    write_start(tmp_path, anew=True, step=0)
     assert len(read_starts(tmp_path)) == 1
     (tmp_path / "starts.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"starts\.json is no list of starts"):
         read_starts(tmp_path)
-    write_start(tmp_path, False, step=50)
+    write_start(tmp_path, anew=False, step=50)
     assert [start["step"] for start in read_starts(tmp_path)] == [50]
 
 

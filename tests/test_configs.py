@@ -10,7 +10,7 @@ from torch import nn
 from maepretrain.evaluate.finetune import finetune_parser
 from maepretrain.evaluate.knn import knn_parser
 from maepretrain.evaluate.probe import probe_parser
-from maepretrain.parsing import configs_folder, find_config, shipped_configs
+from maepretrain.parsing.configs import configs_folder, find_config, shipped_configs
 from maepretrain.training.trainer_arguments import in_steps
 from maepretrain.workflows.pretrain import pretrain_parser
 

@@ -31,7 +31,7 @@ def test_configs_travel_inside_the_wheel(tmp_path: Path) -> None:
     # The checkout itself is not on the path: -P keeps the current folder out, cwd is elsewhere.
     code = (
         f"import sys; sys.path.insert(0, {str(inside)!r})\n"
-        "import maepretrain, maepretrain.parsing as arguments\n"
+        "import maepretrain, maepretrain.parsing.configs as arguments\n"
         "print(maepretrain.__file__, arguments.find_config('mae/digits'))"
     )
     done = subprocess.run(

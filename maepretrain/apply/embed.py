@@ -21,7 +21,7 @@ from maepretrain.data.normalise import Normalise
 from maepretrain.data.samples import Samples
 from maepretrain.evaluate.features import Processes
 from maepretrain.evaluate.options import evaluation_parser
-from maepretrain.parsing import make_parser, parse
+from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.plots import embedding_map
 
 Pool = Literal["mean", "cls", "tokens"]

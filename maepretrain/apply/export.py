@@ -27,7 +27,7 @@ from maepretrain.checkpoints.run_config import run_of
 from maepretrain.checkpoints.weights import OWN_KEY
 from maepretrain.files import replacing
 from maepretrain.models.mae.model import MaskedAutoencoder
-from maepretrain.parsing import make_parser, parse
+from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.report.document import Text, markdown
 from maepretrain.report.evaluations import evaluations, last_values
 from maepretrain.report.overview import summary

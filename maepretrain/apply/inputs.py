@@ -25,7 +25,7 @@ from maepretrain.data.normalise import Normalise
 from maepretrain.data.samples import Pixels, ShardIndex
 from maepretrain.data.shards.tar import INPUT_EXTENSIONS
 from maepretrain.evaluate.options import data_of_encoder
-from maepretrain.parsing import allow_bare_flags, make_parser
+from maepretrain.parsing.parser import allow_bare_flags, make_parser
 from maepretrain.ranks import say
 
 # Of the section data: how an image is shown to a model, and where held-out ones are.

@@ -27,7 +27,7 @@ from maepretrain.evaluate.features import CHUNK
 from maepretrain.evaluate.frozen_features import shown
 from maepretrain.evaluate.neighbours import nearest
 from maepretrain.models.autoencoders.semantic_hashing import hamming
-from maepretrain.parsing import make_parser, parse
+from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.plots import titled_images
 from maepretrain.ranks import say
 from maepretrain.runs.results import print_columns

@@ -7,7 +7,7 @@ were made before modules moved name the classes by their old paths.
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -72,8 +72,11 @@ def add_model(parser: ArgumentParser, models: tuple[type[nn.Module], ...] = MODE
         models: named in the help; a class of the user's own is named with its module.
     """
     names = ", ".join(model.__name__ for model in models)
-    text = f"class and its arguments: {names}, or the path of a class of your own"
+    text = f"the model: {names}, or the path of a class of your own; --model.X sets its arguments"
     parser.add_argument("--model", type=nn.Module, required=True, help=text)
+    # For the help, and for errors that name the nearest class.
+    cast(Any, parser).classes = {"model": {model.__name__: model for model in models}}
+    cast(Any, parser).linked = tuple(target for _, target in LINKS)
     for source, target in LINKS:
         parser.link_arguments(source, f"model.init_args.{target}")
 

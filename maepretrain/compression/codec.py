@@ -31,7 +31,7 @@ from maepretrain.compression.autoencoder import table_bits
 from maepretrain.data.images import decode as decode_image
 from maepretrain.data.normalise import Normalise
 from maepretrain.files import replacing
-from maepretrain.parsing import make_parser, parse
+from maepretrain.parsing.parser import make_parser, parse
 
 MAGIC, VERSION = b"\x8fMAE", 1
 # Magic, version, iterations, channels, height, width, the model's hash, bytes of the payload.

@@ -25,7 +25,7 @@ from maepretrain.data.augment import Augmentation
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate.options import data_of_encoder
 from maepretrain.files import replacing
-from maepretrain.parsing import make_parser, parse
+from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.ranks import quiet_lightning, say
 from maepretrain.runs.results import print_columns, write_results
 from maepretrain.training.optimizer import Optimization

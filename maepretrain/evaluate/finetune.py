@@ -21,7 +21,7 @@ from maepretrain.evaluate.classifier import Classifier, Head, Kind, Pool
 from maepretrain.evaluate.frozen_features import CONFUSED, shown
 from maepretrain.evaluate.labels import choose_labels, count_classes
 from maepretrain.evaluate.targets import Targets, Task
-from maepretrain.parsing import allow_bare_flags, make_parser
+from maepretrain.parsing.parser import allow_bare_flags, make_parser
 from maepretrain.plots import confusion_matrix, most_confused
 from maepretrain.ranks import say
 from maepretrain.runs.folder import RunFolder

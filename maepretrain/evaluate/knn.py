@@ -15,7 +15,7 @@ from maepretrain.evaluate.features import CHUNK, FeatureFiles, Processes
 from maepretrain.evaluate.frozen_features import Frozen, LabelledSets, Outcome, Rows
 from maepretrain.evaluate.neighbours import NeighbourSweep, nearest, vote
 from maepretrain.evaluate.options import evaluation_parser
-from maepretrain.parsing import make_parser, parse
+from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.randomness import permutation
 from maepretrain.ranks import say
 from maepretrain.runs.results import scores

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 
 from maepretrain.checkpoints.run_config import locate, read_mapping, run_of
 from maepretrain.data.module import ShardData
-from maepretrain.parsing import find_config
+from maepretrain.parsing.configs import find_config
 
 # Of a run's data these belong to its training; an evaluation shows every image once.
 OF_TRAINING = (

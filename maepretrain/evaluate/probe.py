@@ -20,7 +20,7 @@ from maepretrain.evaluate.knn import vote_on_test
 from maepretrain.evaluate.labels import folds_for_choosing
 from maepretrain.evaluate.neighbours import NeighbourSweep
 from maepretrain.evaluate.options import evaluation_parser
-from maepretrain.parsing import make_parser, parse
+from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.ranks import say
 from maepretrain.runs.results import scores, spread
 

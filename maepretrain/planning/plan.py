@@ -48,7 +48,8 @@ from maepretrain.evaluate.finetune import finetune_parser
 from maepretrain.models.flops import Flops, as_taken, flops, imitate, peak_of
 from maepretrain.models.mae.decoders import CrossBlock
 from maepretrain.models.mae.model import MaskedAutoencoder
-from maepretrain.parsing import UserError, allow_bare_flags, make_parser
+from maepretrain.parsing.errors import UserError
+from maepretrain.parsing.parser import allow_bare_flags, make_parser
 from maepretrain.ranks import quiet_lightning
 from maepretrain.runs.results import print_columns
 from maepretrain.training.trainer_arguments import in_steps

@@ -14,7 +14,8 @@ from maepretrain.data.module import ShardData
 from maepretrain.data.normalise import Normalise
 from maepretrain.evaluate.features import embed
 from maepretrain.evaluate.options import evaluation_parser
-from maepretrain.parsing import UserError, make_parser, one_line, parse
+from maepretrain.parsing.errors import UserError, one_line
+from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.plots import embedding_map
 from maepretrain.report.document import Element, Picture, PictureGroup, Text
 from maepretrain.report.evaluations import EVALUATORS

@@ -8,7 +8,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from maepretrain.data.module import ShardData
-from maepretrain.parsing import allow_bare_flags
+from maepretrain.parsing.parser import allow_bare_flags
 from maepretrain.ranks import is_rank_zero, quiet_lightning
 from maepretrain.training.optimizer import Optimization
 

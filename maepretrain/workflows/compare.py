@@ -24,7 +24,9 @@ from maepretrain.evaluate.finetune import finetune, finetune_parser
 from maepretrain.evaluate.options import OF_TRAINING
 from maepretrain.evaluate.probe import probe, probe_parser
 from maepretrain.files import replacing
-from maepretrain.parsing import UserError, allow_bare_flags, find_config, make_parser
+from maepretrain.parsing.configs import find_config
+from maepretrain.parsing.errors import UserError
+from maepretrain.parsing.parser import allow_bare_flags, make_parser
 from maepretrain.plots import reconstruction_grid
 from maepretrain.ranks import quiet_lightning, say
 from maepretrain.runs.results import print_columns, spread, write_results

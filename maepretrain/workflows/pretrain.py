@@ -13,7 +13,7 @@ from maepretrain.compression.autoencoder import Compression
 from maepretrain.compression.residual_coder import ResidualCoder
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate.live import LiveEvaluation
-from maepretrain.parsing import make_parser
+from maepretrain.parsing.parser import make_parser
 from maepretrain.runs.folder import RunFolder
 from maepretrain.training.callbacks.last_checkpoint import LastCheckpoint
 from maepretrain.training.callbacks.pictures import ReconstructionGrid

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maepretrain.parsing import configs_folder
+from maepretrain.parsing.configs import configs_folder
 
 EXAMPLE = Path(__file__).parents[2] / "examples/ecg.py"
 

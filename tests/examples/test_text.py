@@ -7,7 +7,7 @@ import pytest
 import text
 import torch
 
-from maepretrain.parsing import configs_folder
+from maepretrain.parsing.configs import configs_folder
 
 
 def test_docstrings_of_every_kind_and_no_other_strings(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from support.autoencoders import CONFIGS, IMAGES, options
 from support.recorder import Ranks
 
 from maepretrain.checkpoints.encoders import load_encoder
-from maepretrain.parsing import find_config
+from maepretrain.parsing.configs import find_config
 
 
 def losses(run: Path) -> list[float]:

@@ -19,7 +19,7 @@ from maepretrain.models.autoencoders.coders import Dense
 from maepretrain.models.autoencoders.contractive import Contractive
 from maepretrain.models.autoencoders.denoising import Denoising
 from maepretrain.models.mae.model import MaskedAutoencoder
-from maepretrain.parsing import shipped_configs
+from maepretrain.parsing.configs import shipped_configs
 from maepretrain.planning.plan import BUCKET, STRATEGIES, Weights, in_bytes, planned, state
 from maepretrain.strategies.sharded import require_shardable
 from maepretrain.training.optimizer import Optimization

@@ -179,7 +179,7 @@ def test_pictures_are_those_of_the_folder_and_maps_are_computed(
 
 def test_features_of_a_map_are_the_encoders(runs: dict[str, Path], shards: Path) -> None:
     from maepretrain.evaluate.options import evaluation_parser
-    from maepretrain.parsing import make_parser, parse
+    from maepretrain.parsing.parser import make_parser, parse
 
     run = str(runs["pretrained"])
     parser = evaluation_parser(make_parser("report", config=False), features_of)

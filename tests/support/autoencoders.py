@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from maepretrain.parsing import shipped_configs
+from maepretrain.parsing.configs import shipped_configs
 
 CONFIGS = [name for name in shipped_configs() if name.startswith("ae/")]
 # The signals of this one are another test's.

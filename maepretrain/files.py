@@ -13,7 +13,7 @@ from filelock import FileLock
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its name when it is whole: an error or a stop leaves what was there.
+    """Open a file that takes its name when it is whole: an error or a stop leaves the old one.
 
     An OSError names a file also where the system does not (a full disk).
     """

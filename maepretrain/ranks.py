@@ -1,4 +1,4 @@
-"""Helpers that are safe on every rank."""
+"""Printing, computing and agreeing where a run has several processes."""
 
 import logging
 import warnings
@@ -10,8 +10,8 @@ from torch import distributed as dist
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that writes and prints; known before any process group
-    starts."""
+    """Return whether this process is the one that writes and prints; known before any process
+    group starts."""
     return cast(Any, rank_zero_only).rank == 0
 
 
@@ -22,9 +22,9 @@ def say(text: str) -> None:
 
 
 def run_on_all(trainer: Any, method: str, *arguments: Any) -> Any:
-    """A method of the trained module that computes with its parameters, outside a training step.
+    """Call a method of the trained module that computes with its parameters, outside a step.
 
-    All processes call this together: where an engine divides the parameters, they gather them.
+    All processes call this together: where a strategy divides the parameters, they gather them.
     """
     strategy = trainer.strategy
     if hasattr(strategy, "call"):
@@ -43,8 +43,8 @@ def largest_on_all(trainer: Any, *values: int) -> list[int]:
 
 
 def quiet_lightning() -> None:
-    """Keep Lightning's tips and repeated device lists away from what a run has to say; its warnings
-    stay."""
+    """Leave out Lightning's tips, repeated device lists and the warnings that do not concern a
+    user; its other warnings stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # Lightning's own use of a torch function; nothing that a user can change.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)

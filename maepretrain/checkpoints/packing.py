@@ -1,5 +1,5 @@
-"""Files of shared weights (Han, Mao and Dally 2016, arXiv 1510.00149): what `compress` writes and
-`--encoder` reads, and the files that it is compared with.
+"""Files of shared weights (Han, Mao and Dally 2016, arXiv 1510.00149), which `compress` writes and
+`--encoder` reads, and the files that they are compared with.
 
 The file is safetensors: `streams` (all layers' coded indices and runs), `lengths` (of the codes),
 `codebooks`, `rest` (float16), and under the key "compressed" their table. Reading it gives the
@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from maepretrain.checkpoints import huffman
 
 Weights = dict[str, Tensor]
-# In a file's metadata: the arguments of its MaskedAutoencoder as plain values, and how to read what
-# `pack` wrote.
-OWN_KEY, COMPRESSED_KEY = "maepretrain", "compressed"
+# Keys of a file's metadata: the arguments of its MaskedAutoencoder as plain values, and the table
+# of `pack`.
+OWN_KEY = "maepretrain"
+COMPRESSED_KEY = "compressed"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Shared:
 
 
 class Entries(NamedTuple):
-    """What is stored of n weights, most of which are 0: where they lie, and which they are."""
+    """The stored ones of n weights, most of which are 0: where they lie, and which they are."""
 
     runs: Int64[np.ndarray, "m"]
     which: Int64[np.ndarray, "m"]
@@ -58,8 +59,10 @@ def to_runs(kept: Int64[np.ndarray, "j"], run_bits: int) -> Entries:
     zeros = np.diff(kept, prepend=-1) - 1
     last = (zeros // span + 1).cumsum() - 1
     entries = int(last[-1]) + 1 if len(last) else 0
-    runs, which = np.full(entries, span - 1), np.full(entries, -1)
-    runs[last], which[last] = zeros % span, np.arange(len(kept))
+    runs = np.full(entries, span - 1)
+    which = np.full(entries, -1)
+    runs[last] = zeros % span
+    which[last] = np.arange(len(kept))
     return Entries(runs, which)
 
 
@@ -73,6 +76,7 @@ def pack(
     rest: Weights,
     about: dict[str, str],
     run_bits: int,
+    *,
     huffman_coded: bool = True,
 ) -> bytes:
     """The file of shared weights.
@@ -87,24 +91,22 @@ def pack(
     Raises:
         ValueError: a number in `rest` that float16 cannot hold.
     """
-    layers, streams, codes = [], [], []
+    layers: list[Any] = []
+    streams: list[bytes] = []
+    codes: list[np.ndarray] = []
     for name, weight in shared.items():
         flat = weight.index.reshape(-1)
         kept = np.flatnonzero(flat)
         runs, which = to_runs(kept, run_bits)
         symbols = np.append(flat[kept], 0)[which]  # a stored zero is number -1
-        sizes = []
+        sizes: list[int] = []
         for stream, kinds in ((symbols, len(weight.codebook)), (runs, 1 << run_bits)):
-            code = huffman.code_lengths(np.bincount(stream, minlength=kinds))
-            if not huffman_coded:
-                width = max(1, (kinds - 1).bit_length())
-                code = np.full(1 << width, width)
+            code = _code(stream, kinds, huffman_coded=huffman_coded)
             coded = huffman.encode(stream, code)
             streams.append(coded)
             codes.append(code)
             sizes += [len(coded), len(code)]
-        shape, entries = list(weight.index.shape), len(weight.codebook)
-        layers.append([name, shape, len(runs), entries, sizes])
+        layers.append([name, list(weight.index.shape), len(runs), len(weight.codebook), sizes])
     tensors = {
         "streams": torch.from_numpy(np.frombuffer(bytearray(b"".join(streams)), np.uint8)),
         "lengths": torch.from_numpy(np.concatenate(codes).astype(np.uint8)),
@@ -115,6 +117,16 @@ def pack(
     table = json.dumps({"layers": layers, "rest": named}, separators=(",", ":"))
     checksum = _checksum(tensors, about.get(OWN_KEY, ""), table)
     return save(tensors, about | {COMPRESSED_KEY: f"{checksum:08x}{table}"})
+
+
+def _code(
+    stream: Int64[np.ndarray, "m"], kinds: int, *, huffman_coded: bool
+) -> Int64[np.ndarray, "j"]:
+    """Lengths of the symbols' codes."""
+    if huffman_coded:
+        return huffman.code_lengths(np.bincount(stream, minlength=kinds))
+    width = max(1, (kinds - 1).bit_length())
+    return np.full(1 << width, width)
 
 
 def _halves(rest: Weights) -> Float[Tensor, "n"]:
@@ -141,7 +153,8 @@ def unpack(tensors: Weights, about: dict[str, str]) -> Weights:
     Raises:
         ValueError: damage.
     """
-    checksum, table = about[COMPRESSED_KEY][:8], about[COMPRESSED_KEY][8:]
+    checksum = about[COMPRESSED_KEY][:8]
+    table = about[COMPRESSED_KEY][8:]
     try:
         if int(checksum, 16) != _checksum(tensors, about.get(OWN_KEY, ""), table):
             raise ValueError("its checksum is another one")

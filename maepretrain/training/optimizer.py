@@ -27,7 +27,7 @@ class Optimization:
         betas: of Adam-like optimizers.
         momentum: of SGD-like optimizers.
         warmup_epochs: epochs of linear warm-up from 0.
-        min_lr: where the cosine ends.
+        min_lr: learning rate at the end of the cosine.
         layer_decay: factor on the learning rate from each encoder layer to the one below it; 1 for
             none.
 
@@ -56,9 +56,14 @@ class Optimization:
                 f"betas {betas} and momentum {momentum} must be in [0, 1), layer_decay "
                 f"{layer_decay} in (0, 1]"
             )
-        self.optimizer, self.base_lr, self.weight_decay = optimizer, base_lr, weight_decay
-        self.betas, self.momentum = betas, momentum
-        self.warmup_epochs, self.min_lr, self.layer_decay = warmup_epochs, min_lr, layer_decay
+        self.optimizer = optimizer
+        self.base_lr = base_lr
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.momentum = momentum
+        self.warmup_epochs = warmup_epochs
+        self.min_lr = min_lr
+        self.layer_decay = layer_decay
 
     def lr(self, global_batch: int) -> float:
         """The peak learning rate: base_lr x global batch / 256 (Goyal et al. 2017)."""
@@ -71,7 +76,8 @@ class Optimization:
         As facebookresearch/mae's `lr_sched.py`, per step. A warm-up as long as the run never gets
         past its ramp.
         """
-        peak, warmup = self.lr(global_batch), self.warmup_epochs * steps_per_epoch
+        peak = self.lr(global_batch)
+        warmup = self.warmup_epochs * steps_per_epoch
         if step < warmup:
             return peak * step / warmup
         done = (step - warmup) / max(1.0, steps - warmup)
@@ -94,31 +100,43 @@ class Optimization:
         Raises:
             ValueError: a layer decay that changes the learning rate of nothing that is trained.
         """
-        # The last layer (the final norm) goes with the head, as in the official `lr_decay.py`.
-        scales = [self.layer_decay ** (len(layers) - 1 - i) for i in range(len(layers))]
-        if self.layer_decay == 1.0:
-            layers, scales = [[p for layer in layers for p in layer]], [1.0]
-        groups: list[Group] = []
         exempt = {id(p) for p in undecayed}
-        for layer, scale in zip([*layers, list(rest)], [*scales, 1.0], strict=True):
-            trained = [p for p in layer if p.requires_grad]
-            for decayed in (True, False):
-                chosen = [p for p in trained if (p.ndim > 1 and id(p) not in exempt) == decayed]
-                if chosen:
-                    decay = self.weight_decay if decayed else 0.0
-                    group = {"params": chosen, "weight_decay": decay, "lr_scale": scale}
-                    # timm's LARS adapts only what is decayed unless told; the paper's probe decays
-                    # nothing, and would be plain SGD.
-                    lars = {"always_adapt": decayed} if self.optimizer == "lars" else {}
-                    groups.append(group | lars)
         if self.layer_decay == 1.0:
-            return _merged(groups)
+            in_layers = self._split([p for layer in layers for p in layer], exempt, lr_scale=1.0)
+            return _merged([*in_layers, *self._split(rest, exempt, lr_scale=1.0)])
+        groups: list[Group] = []
+        for number, layer in enumerate(layers):
+            # The last layer (the final norm) goes with the head, as in the official `lr_decay.py`.
+            lr_scale = self.layer_decay ** (len(layers) - 1 - number)
+            groups += self._split(layer, exempt, lr_scale=lr_scale)
+        groups += self._split(rest, exempt, lr_scale=1.0)
         if all(group["lr_scale"] == 1.0 for group in groups):
             raise ValueError(
                 f"layer_decay {self.layer_decay} changes nothing: no layer below the last is "
                 "trained; set optim.layer_decay to 1"
             )
         return groups
+
+    def _split(
+        self, parameters: Iterable[nn.Parameter], exempt: set[int], *, lr_scale: float
+    ) -> list[Group]:
+        """A group of trained matrices, with weight decay, and one of the rest; none is empty."""
+        decayed: list[nn.Parameter] = []
+        undecayed: list[nn.Parameter] = []
+        for p in parameters:
+            if p.requires_grad:
+                is_decayed = p.ndim > 1 and id(p) not in exempt
+                (decayed if is_decayed else undecayed).append(p)
+        groups: list[Group] = [
+            {"params": decayed, "weight_decay": self.weight_decay, "lr_scale": lr_scale},
+            {"params": undecayed, "weight_decay": 0.0, "lr_scale": lr_scale},
+        ]
+        if self.optimizer == "lars":
+            # timm's LARS adapts only decayed parameters unless it is set; the paper's probe decays
+            # nothing, and would be plain SGD.
+            groups[0]["always_adapt"] = True
+            groups[1]["always_adapt"] = False
+        return [group for group in groups if group["params"]]
 
     def check_strategy(self, strategy: str) -> None:
         """Refuse what an optimizer cannot be run under.
@@ -136,24 +154,22 @@ class Optimization:
             )
 
     def make(
-        self, groups: list[Group], global_batch: int, fused: bool = True
+        self, groups: list[Group], global_batch: int, *, fused: bool = True
     ) -> torch.optim.Optimizer:
         """The optimizer over these groups; AdamW is fused where it may (one pass over memory, the
         same numbers)."""
-        options: dict[str, Any] = {"lr": self.lr(global_batch)}
+        lr = self.lr(global_batch)
         if self.optimizer == "adamw":
-            return torch.optim.AdamW(
-                groups, betas=self.betas, weight_decay=0.0, fused=fused, **options
-            )
+            return torch.optim.AdamW(groups, lr=lr, betas=self.betas, weight_decay=0.0, fused=fused)
         return create_optimizer_v2(
-            groups, opt=self.optimizer, momentum=self.momentum, weight_decay=0.0, **options
+            groups, opt=self.optimizer, lr=lr, momentum=self.momentum, weight_decay=0.0
         )
 
     def refresh(self, optimizer: torch.optim.Optimizer, groups: list[Group]) -> None:
         """Set the hyperparameters as configured now: a loaded optimizer state brings those of its
         own run."""
-        for loaded, fresh in zip(optimizer.param_groups, groups, strict=True):
-            loaded.update({k: v for k, v in fresh.items() if k != "params"})
+        for loaded, configured in zip(optimizer.param_groups, groups, strict=True):
+            loaded.update({k: v for k, v in configured.items() if k != "params"})
             if "betas" in loaded:
                 loaded["betas"] = self.betas
             if "momentum" in loaded:
@@ -171,7 +187,7 @@ def _merged(groups: list[Group]) -> list[Group]:
 
 
 def check_groups(groups: list[Group], parameters: Iterable[nn.Parameter]) -> None:
-    """Every trained parameter is in one group, and no other.
+    """Refuse groups that do not hold each trained parameter once, and no other.
 
     Raises:
         ValueError: groups and trained parameters that do not add up.
@@ -188,11 +204,14 @@ def check_groups(groups: list[Group], parameters: Iterable[nn.Parameter]) -> Non
 def describe(groups: list[Group], lr: float) -> list[str]:
     """One line a group: how many tensors and numbers, weight decay, learning rate; with a layer
     decay also the first and the last layer's learning rate."""
-    lines = [
-        f"{len(g['params'])} tensors, {sum(p.numel() for p in g['params']):,} numbers, "
-        f"weight decay {g['weight_decay']}, lr {lr * g['lr_scale']:.3g}"
-        for g in groups
-    ]
+    lines: list[str] = []
+    for group in groups:
+        parameters = group["params"]
+        numbers = sum(p.numel() for p in parameters)
+        lines.append(
+            f"{len(parameters)} tensors, {numbers:,} numbers, weight decay "
+            f"{group['weight_decay']}, lr {lr * group['lr_scale']:.3g}"
+        )
     rates = [lr * g["lr_scale"] for g in groups]
     if len(set(rates)) > 1:
         lines.append(f"lr of {len(set(rates))} layers from {min(rates):.3g} to {max(rates):.3g}")

@@ -237,7 +237,7 @@ def test_a_file_gives_back_every_bit(tmp_path: Path, coded: bool) -> None:
     }
     rest = {"model.norm.bias": torch.randn(11), "head.linear.bias": torch.randn(2, 3)}
     path = tmp_path / "f.safetensors"
-    path.write_bytes(pack(shared, rest, {}, 3, coded))
+    path.write_bytes(pack(shared, rest, {}, 3, huffman_coded=coded))
     found, _ = read_state(path)
     assert found.keys() == shared.keys() | rest.keys()
     for name, one in shared.items():

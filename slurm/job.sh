@@ -1,4 +1,4 @@
-# What the job scripts share; they source it inside SLURM, and outside of it for --dry-run.
+# Functions of the job scripts, which source it inside SLURM, and outside of it for --dry-run.
 #
 # The batch shell gets USR1 ahead of the time limit, and USR1 or TERM at a preemption; it passes them
 # on to all ranks. They agree on a step, save a checkpoint and end with 75, whereupon the job puts
@@ -34,9 +34,9 @@ option() {
     echo "$found"
 }
 
-# The run folder, and the rest of what SLURM decides: nodes, devices, the array's seeds or values.
-# Sets `run` and `given`, options for the verb.
-place_run() {
+# Choose the run folder, and the options that SLURM decides: nodes, devices, seeds or values of an array.
+# Sets `run` and `slurm_options`, options for the verb.
+choose_run_folder() {
     run=$(option run "$@")
     run=${run:-runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
     local word name value values
@@ -47,7 +47,7 @@ place_run() {
                     "--ntasks-per-node" ;;
         esac
     done
-    given=()
+    slurm_options=()
     if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
         # SWEEP=optim.base_lr=1e-4:2e-4 has a value for each task; without it they are seeds.
         name=${SWEEP:-seed} value=$SLURM_ARRAY_TASK_ID
@@ -58,16 +58,16 @@ place_run() {
         fi
         name=${name%%=*}
         run=$run/$name-$value
-        given+=("--$name" "$value")
+        slurm_options+=("--$name" "$value")
     fi
     if ! mkdir -p "$run" || [[ ! -w $run ]]; then
         refuse "no write access to run folder $run"
     fi
-    given+=(--run "$run" --trainer.num_nodes "$nodes" --trainer.devices "$tasks")
+    slurm_options+=(--run "$run" --trainer.num_nodes "$nodes" --trainer.devices "$tasks")
 }
 
-# Nodes and tasks as SLURM gave them; refuses what would hang or leave GPUs idle.
-look_around() {
+# Read the nodes and tasks of the job; refuse those that would hang or leave GPUs idle.
+read_allocation() {
     nodes=$SLURM_JOB_NUM_NODES
     [[ $SLURM_TASKS_PER_NODE =~ ^[0-9]+(\(x[0-9]+\))?$ ]] ||
         refuse "tasks per node $SLURM_TASKS_PER_NODE must be equal on all nodes"
@@ -85,19 +85,19 @@ look_around() {
     fi
 }
 
-# Run `maepretrain VERB OPTIONS...` on all tasks, and say or do what follows from its end.
-work() {
+# Run `maepretrain VERB OPTIONS...` on all tasks, and finish the job as they ended.
+run_on_all_tasks() {
     local code=0
     step='' stopping=''
-    trap 'pass_on USR1' USR1
-    trap 'pass_on TERM' TERM
+    trap 'forward_signal USR1' USR1
+    trap 'forward_signal TERM' TERM
     errors=$(mktemp -d "$PWD/.errors-$SLURM_JOB_ID-XXXXXX")
     export MAEPRETRAIN_ERRORS=$errors
     # --label: each line begins with its rank. A rank that fails ends the others, which would wait
     # for it.
     srun --label --kill-on-bad-exit=1 ${container[@]+"${container[@]}"} maepretrain "$@" &
     step=$!
-    [[ -z $stopping ]] || pass_on USR1
+    [[ -z $stopping ]] || forward_signal USR1
     # A signal wakes the shell before the ranks have ended.
     while
         code=0
@@ -106,15 +106,15 @@ work() {
     do :; done
     code=0
     wait "$step" || code=$?
-    conclude "$code"
+    finish "$code"
 }
 
-pass_on() {
+forward_signal() {
     stopping=yes
     [[ -z $step ]] || kill -s "$1" "$step" 2>/dev/null || true
 }
 
-conclude() {
+finish() {
     local code=$1 state first
     first=$(find "$errors" -name 'rank-*.txt' -printf '%T@ %f\n' | sort -n | head -n 1)
     first=${first#* }

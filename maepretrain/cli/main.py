@@ -16,7 +16,6 @@ from maepretrain.cli.usage import family_usage, find_verb, is_family, usage
 from maepretrain.cli.verbs import Verb
 from maepretrain.parsing.configs import configs_folder, shipped_configs
 from maepretrain.parsing.errors import UserError, one_line
-from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.training import preemption
 
 HELP = ("-h", "--help")
@@ -86,6 +85,9 @@ def run(verb: Verb, argv: list[str]) -> int:
 
 def _call_by_signature(verb: Verb, function: Callable[..., int], argv: list[str]) -> int:
     """Call a function whose signature is the command line."""
+    # jsonargparse takes a while to import: `maepretrain --help` does not wait for it.
+    from maepretrain.parsing.parser import make_parser, parse
+
     parser = make_parser(verb.words, config=verb.config)
     parameters = inspect.signature(function).parameters
     for name, text in verb.positional:

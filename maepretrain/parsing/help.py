@@ -2,8 +2,7 @@
 
 import shutil
 import textwrap
-
-from jsonargparse import ArgumentParser
+from typing import Any
 
 from maepretrain.parsing.options import Option, chosen_class, options_of
 
@@ -54,6 +53,8 @@ MATTER = {
         "check_val_every_n_epoch",
     ),
 }
+# Options of a section at the most.
+MOST = 10
 TITLES = {
     "data": "Data: shards in, batches out",
     "model": "Model",
@@ -62,7 +63,7 @@ TITLES = {
 }
 
 
-def help_text(parser: ArgumentParser, argv: list[str], word: str | None) -> str:
+def help_text(parser: Any, argv: list[str], word: str | None) -> str:
     """The help of a verb.
 
     Args:
@@ -87,23 +88,32 @@ def _search(options: list[Option], word: str, prog: str) -> str:
     return "\n\n".join(_full(option) for option in matching)
 
 
-def _short(parser: ArgumentParser, options: list[Option], argv: list[str]) -> str:
-    sections = [name for name in MATTER if any(o.section == name for o in options)]
-    own = [option for option in options if option.section not in sections]
-    lines = [_line(option) for option in own]
-    for name in sections:
-        members = [option for option in options if option.section == name]
-        matter = [f"{name}.{option}" for option in MATTER[name]]
-        shown = [option for option in members if option.name in matter]
-        if not shown:
-            shown = members[:10]
-        title = TITLES[name]
-        if name in getattr(parser, "classes", {}):
-            title = f"{title}: {chosen_class(parser, name, argv)}"
-        lines += ["", f"{title} ({len(shown)} of {len(members)} options)"]
-        lines += [_line(option) for option in shown]
+def _short(parser: Any, options: list[Option], argv: list[str]) -> str:
+    sections: dict[str, list[Option]] = {}
+    lines = []
+    for option in options:
+        if option.section in MATTER:
+            sections.setdefault(option.section, []).append(option)
+        else:
+            lines.append(_line(option))
+    for name in MATTER:
+        if name in sections:
+            title = TITLES[name]
+            if name in parser.classes:
+                title = f"{title}: {chosen_class(parser, name, argv)}"
+            lines += _section(name, title, sections[name])
     lines += ["", "--help all: every option in full.   --help WORD: options that have the word."]
     return "\n".join(lines)
+
+
+def _section(name: str, title: str, options: list[Option]) -> list[str]:
+    """The options of a section that matter, under its title."""
+    matter = [f"{name}.{option}" for option in MATTER[name]]
+    shown = [option for option in options if option.name in matter]
+    # Of another class than the masked autoencoder, the first ones.
+    shown = shown or options[:MOST]
+    head = f"{title} ({len(shown)} of {len(options)} options)"
+    return ["", head, *(_line(option) for option in shown)]
 
 
 def _line(option: Option) -> str:

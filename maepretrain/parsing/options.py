@@ -1,5 +1,6 @@
 """The options of a parser as data: for the help, and for errors that name the nearest one."""
 
+from argparse import SUPPRESS
 from typing import Any, NamedTuple, get_args
 
 import yaml
@@ -29,31 +30,40 @@ class Option(NamedTuple):
     text: str
 
 
-def options_of(parser: ArgumentParser, argv: list[str]) -> list[Option]:
+def options_of(parser: Any, argv: list[str]) -> list[Option]:
     """All options of a parser; of a class that the command line or a config names, its arguments
     too.
 
     Args:
-        parser: `classes` of it, where it has any, are the classes that an option takes: by the
-            name of the option, a mapping of their names.
+        parser: a OneLineParser, whose `classes` an option takes.
         argv: the command line.
     """
     options = [_option(action) for action in actions_of(parser) if _is_shown(action)]
-    for name, classes in getattr(parser, "classes", {}).items():
-        chosen = classes.get(_named_class(name, argv)) or next(iter(classes.values()))
-        inside = ArgumentParser(exit_on_error=False)
-        inside.add_class_arguments(chosen, name, instantiate=False)
-        linked = {f"{name}.{target}" for target in getattr(parser, "linked", ())}
-        shown = [action for action in actions_of(inside) if _is_shown(action)]
-        options += [_option(action) for action in shown if action.dest not in linked]
+    for name, classes in parser.classes.items():
+        chosen = classes[chosen_class(parser, name, argv)]
+        options += _options_of_class(name, chosen, parser.linked)
     return options
 
 
-def chosen_class(parser: ArgumentParser, name: str, argv: list[str]) -> str:
+def _options_of_class(name: str, chosen: type, linked: tuple[str, ...]) -> list[Option]:
+    """The arguments of a class, but for those that other options give."""
+    inside = ArgumentParser(exit_on_error=False)
+    inside.add_class_arguments(chosen, name, instantiate=False)
+    elsewhere = {f"{name}.{target}" for target in linked}
+    options = []
+    for action in actions_of(inside):
+        if _is_shown(action) and action.dest not in elsewhere:
+            options.append(_option(action))
+    return options
+
+
+def chosen_class(parser: Any, name: str, argv: list[str]) -> str:
     """Name of the class that the command line or a config gives to an option, else the first."""
     classes = parser.classes[name]
     named = _named_class(name, argv)
-    return named if named in classes else next(iter(classes))
+    if named in classes:
+        return named
+    return next(iter(classes))
 
 
 def _is_shown(action: Any) -> bool:
@@ -65,14 +75,17 @@ def _is_shown(action: Any) -> bool:
 
 
 def _option(action: Any) -> Option:
-    section, dot, _ = action.dest.partition(".")
+    section = ""
+    if "." in action.dest:
+        section = action.dest.partition(".")[0]
     # "--data.train+" appends to a list; it is the same option.
     flags = ", ".join(flag for flag in action.option_strings if not flag.endswith("+"))
-    default = action.default
-    shown = "" if default is None or default == "==SUPPRESS==" else _plain(default)
+    default = ""
+    if action.default not in (None, SUPPRESS):
+        default = _plain(action.default)
     text = " ".join((action.help or "").replace("%%", "%").split())
     kind = _type_name(type_of(action))
-    return Option(action.dest, flags or action.dest, section if dot else "", kind, shown, text)
+    return Option(action.dest, flags or action.dest, section, kind, default, text)
 
 
 def _plain(value: Any) -> str:
@@ -107,7 +120,8 @@ def _named_class(option: str, argv: list[str]) -> str:
     named = ""
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         flag, equals, value = word.partition("=")
-        value = value if equals else following
+        if not equals:
+            value = following
         if flag in (f"--{option}", f"--{option}.class_path"):
             named = value
         elif flag in ("-c", "--config"):
@@ -122,4 +136,4 @@ def _class_in(text: str, option: str) -> str:
         return ""  # the parser says what is wrong with it
     if isinstance(section, dict):
         section = section.get("class_path")
-    return section if isinstance(section, str) else ""
+    return str(section or "")

@@ -41,15 +41,19 @@ def products(model: MaskedAutoencoder, batch: int) -> list[Product]:
     tokens have queries, keys and values of the first decoder block once a place, and its last block
     puts out masked patches alone."""
     n = model.grid[0] * model.grid[1]
-    seen, every = batch * (model.prefix + model.visible), batch * (model.prefix + n)
-    masked, depth = batch * (n - model.visible), len(model.decoder_blocks)
-    pixels, width = model.channels * model.patch_size**2, model.width
+    visible = model.masking.visible(model.grid)
+    seen = batch * (model.prefix + visible)
+    every = batch * (model.prefix + n)
+    masked = batch * (n - visible)
+    depth = len(model.decoder_blocks)
+    pixels = model.channels * model.patch_size**2
+    width = model.width
     decoder = model.decoder_embed.out_features
     first, last = model.decoder_blocks[0], model.decoder_blocks[-1]
     if depth < 2:
         raise ValueError("a decoder of one block is its first and its last: take two or more")
     return [
-        Product("patch embedding", batch * model.visible, pixels, width, 1),
+        Product("patch embedding", batch * visible, pixels, width, 1),
         *_of_block("encoder", model.encoder.blocks[0], seen, seen, model.depth),
         Product("decoder embedding", seen, width, decoder, 1),
         *_of_block("first decoder block's", first, seen + n, every, 1),

@@ -64,7 +64,8 @@ def stepper(
 def cost(model: MaskedAutoencoder, batch: int) -> float:
     """FLOPs of a sample, what is recomputed included."""
     size = (batch, model.channels, *model.encoder.patch_embed.img_size)
-    found = flops(model, {"input": torch.empty(size, device="meta")})
+    images = torch.empty(size, device="meta")
+    found = flops(model, {"input": images, "position": torch.arange(batch)})
     return found.training + found.recomputed
 
 

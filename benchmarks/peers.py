@@ -54,7 +54,8 @@ class Official(nn.Module):
         sizes = hugging_face_config(model)
         width, decoder_width = sizes["hidden_size"], sizes["decoder_hidden_size"]
         image, patch, channels = (sizes[k] for k in ("image_size", "patch_size", "num_channels"))
-        self.visible, self.norm_pix = model.visible, model.norm_pix
+        self.visible = model.masking.visible(model.grid)
+        self.norm_pix = model.norm_pix
         self.decode_class_token = decode_class_token
         self.patch_embed = PatchEmbed(image, patch, channels, width)
         n = self.patch_embed.num_patches
@@ -154,6 +155,7 @@ def lightly(model: MaskedAutoencoder) -> Side:
     backbone = modules.MaskedVisionTransformerTIMM(_timm(model), **skip)
     backbone.mask_token.requires_grad_(False)  # not used by this method
     n, p = backbone.sequence_length - 1, model.patch_size
+    visible = model.masking.visible(model.grid)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they rename this class
         decoder = modules.MAEDecoderTIMM(
@@ -171,8 +173,8 @@ def lightly(model: MaskedAutoencoder) -> Side:
     def loss(images: Tensor, noise: Tensor) -> Tensor:
         order = noise.argsort(1) + 1
         first = torch.zeros(len(images), 1, dtype=order.dtype)
-        keep = torch.cat([first, order[:, : model.visible]], 1)
-        masked = order[:, model.visible :]
+        keep = torch.cat([first, order[:, :visible]], 1)
+        masked = order[:, visible:]
         encoded = decoder.embed(backbone.encode(images, idx_keep=keep))
         tokens = utils.repeat_token(decoder.mask_token, (len(images), n + 1))
         tokens = utils.set_at_index(tokens, keep, encoded.type_as(tokens))
@@ -191,7 +193,7 @@ def stable_pretraining(model: MaskedAutoencoder) -> Side:
     `Official(model, decode_class_token=False)`; its eps of LayerNorm, 1e-5, is set to ours."""
     import_module("loguru").logger.disable("stable_pretraining")
     sizes = hugging_face_config(model)
-    masking = _GivenMask(model.visible)
+    masking = _GivenMask(model.masking.visible(model.grid))
     module = import_module("stable_pretraining.methods").MAE(
         _timm(model),
         decoder_embed_dim=sizes["decoder_hidden_size"],

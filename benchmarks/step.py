@@ -166,7 +166,8 @@ def compare(name: str, sizes: dict[str, Any], batch: int, rounds: int) -> str:
     for peer, difference in found.items():
         if not difference <= EQUAL:
             raise ValueError(f"{name}: the loss of {peer} differs from ours by {difference:.1e}")
-    lean = batch * flops(model, {"input": images}).training
+    position = torch.arange(batch)
+    lean = batch * flops(model, {"input": images, "position": position}).training
     steps = {side: Step(sides[side], images, noise) for side in sides}
     times, rate = measure(steps, Rate(model, batch).measure, rounds)
     parts = [

@@ -4,8 +4,13 @@ No other module may use them; `test_torch_internals.py` states what is relied on
 """
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+# Tensors without memory or values, and the error of a forward that looks at values all the same.
+# Their place in torch's namespaces is private; FLOPs and memory of a run are counted on them.
+__all__ = ["DataDependentOutputException", "FakeTensorMode", "local_slice", "unscales_gradients"]
 
 
 def local_slice(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

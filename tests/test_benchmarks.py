@@ -158,9 +158,12 @@ def test_products_are_the_flops_of_the_step() -> None:
     # The gradient of the pixels is timed, though no step needs it.
     embedding = next(p for p in products(model, batch) if p.layer == "patch embedding")
     linear -= embedding.flops // 3
-    seen, every, masked = 1 + model.visible, 1 + 16, 16 - model.visible
+    visible = model.masking.visible(model.grid)
+    seen, every, masked = 1 + visible, 1 + 16, 16 - visible
     attention = 3 * 4 * (2 * seen**2 * 32 + (2 * every + masked) * every * 16)
-    whole = flops(model, {"input": torch.empty(batch, 3, 32, 32)}).training
+    whole = flops(
+        model, {"input": torch.empty(batch, 3, 32, 32), "position": torch.arange(batch)}
+    ).training
     assert whole == pytest.approx(linear / batch + attention)
 
 

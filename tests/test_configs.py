@@ -94,7 +94,7 @@ def test_the_papers_recipe(size: str) -> None:
     assert (optim.optimizer, optim.base_lr, optim.weight_decay) == ("adamw", 1.5e-4, 0.05)
     assert (tuple(optim.betas), optim.warmup_epochs, optim.min_lr) == ((0.9, 0.95), 40, 0)
     assert (data.global_batch, tuple(data.scale), data.flip) == (4096, (0.2, 1.0), 0.5)
-    assert (model.mask_ratio, model.norm_pix, config.trainer.max_epochs) == (0.75, True, 800)
+    assert (model.masking.ratio, model.norm_pix, config.trainer.max_epochs) == (0.75, True, 800)
     assert (model.decoder_width, model.decoder_depth, model.decoder_heads) == (512, 8, 16)
     assert optim.base_lr * data.global_batch / 256 == pytest.approx(2.4e-3)
 

@@ -16,6 +16,7 @@ from maepretrain.apply.inputs import Given, Pretrained, parse_application, read_
 from maepretrain.apply.reconstruct import check_picture, draw, psnr
 from maepretrain.data.module import ShardData
 from maepretrain.models.autoencoders.corruption import Corruption, Kind
+from maepretrain.models.protocol import Decodes, Denoises, require
 from maepretrain.ranks import say
 from maepretrain.runs.results import print_columns
 
@@ -82,13 +83,13 @@ def _repair(pretrained: Pretrained) -> Callable[[Tensor], Tensor]:
     Raises:
         ValueError: the model decodes no codes.
     """
-    if hasattr(pretrained.model, "denoise"):
+    if isinstance(pretrained.model, Denoises):
         return pretrained.model.denoise
     lacks = (
         "cannot denoise: it lacks a code to decode, and predicts only what it does not see "
         "(`maepretrain reconstruct` shows that)"
     )
-    decode = pretrained.require("decode", lacks)
+    decode = require(pretrained.model, Decodes, lacks).decode
     say(f"model         {pretrained.name} is no denoiser: it decodes the code of what is given")
     return lambda x: decode(pretrained.model.encode(x))
 

@@ -27,6 +27,7 @@ from maepretrain.checkpoints.run_config import run_of
 from maepretrain.checkpoints.weights import OWN_KEY
 from maepretrain.files import replacing
 from maepretrain.models.mae.model import MaskedAutoencoder
+from maepretrain.models.protocol import declared
 from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.report.document import Text, markdown
 from maepretrain.report.evaluations import evaluations, last_values
@@ -57,8 +58,9 @@ def export(encoder: str, format: Format, out: Path, overwrite: bool = False) -> 
             cannot express.
     """
     model = load_encoder(encoder)
-    if not isinstance(model, MaskedAutoencoder):
+    if declared(model, "layout") != "mae":
         raise ValueError(f"export takes a MaskedAutoencoder; {encoder} is a {type(model).__name__}")
+    model = cast(MaskedAutoencoder, model)
     run = run_of(encoder)
     data = read_section(run, "data")
     files = {"timm": _timm, "hf": _hugging_face, "mae": _official, "safetensors": _own}[format](

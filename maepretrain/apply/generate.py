@@ -12,6 +12,7 @@ from maepretrain.apply.reconstruct import check_picture
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate import geometry
 from maepretrain.evaluate.features import embed
+from maepretrain.models.protocol import Decodes, Samples, declared, require
 from maepretrain.plots import reconstruction_grid, tiles
 from maepretrain.ranks import say
 
@@ -47,11 +48,11 @@ def sample(
     if n < 1:
         raise ValueError(f"n {n} must be at least 1")
     pretrained = Pretrained(encoder, data)
-    drawn = pretrained.show(pretrained.require("sample", SAMPLES)(n, seed=seed))
+    drawn = pretrained.show(require(pretrained.model, Samples, SAMPLES).sample(n, seed=seed))
     if drawn.ndim == 3:
         reconstruction_grid([drawn], ["samples"], out)
     else:
-        tiles(drawn, getattr(pretrained.model, "classes", 0) or round(n**0.5), out)
+        tiles(drawn, declared(pretrained.model, "classes") or round(n**0.5), out)
     say(f"samples       {n} of {pretrained.name}, seed {seed}")
     say(f"picture       {out}")
     return drawn
@@ -77,7 +78,7 @@ def interpolate(
     """
     check_picture(out)
     pretrained = Pretrained(encoder, data)
-    decode = pretrained.require("decode", DECODES)
+    decode = require(pretrained.model, Decodes, DECODES).decode
     given = read_images(images, data, None if images else 2)
     if len(given.names) != 2:
         raise ValueError(f"a way goes from one image to another: --images names {len(given.names)}")
@@ -126,7 +127,7 @@ def traverse(
     if steps < 2 or span <= 0:
         raise ValueError(f"steps {steps} must be at least 2 and span {span} above 0")
     pretrained = Pretrained(encoder, data)
-    decode = pretrained.require("decode", DECODES)
+    decode = require(pretrained.model, Decodes, DECODES).decode
     given = read_images(images, data, None if images else 1)
     if len(given.names) != 1:
         raise ValueError(f"one image is varied: --images names {len(given.names)}")

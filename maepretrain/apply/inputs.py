@@ -25,6 +25,7 @@ from maepretrain.data.normalise import Normalise
 from maepretrain.data.samples import Pixels, ShardIndex
 from maepretrain.data.shards.tar import INPUT_EXTENSIONS
 from maepretrain.evaluate.options import data_of_encoder
+from maepretrain.models.protocol import Seeded
 from maepretrain.parsing.parser import allow_bare_flags, make_parser
 from maepretrain.ranks import say
 
@@ -86,9 +87,8 @@ class Pretrained:
         self.model = cast(Any, load_autoencoder(encoder, data).eval().to(self.device))
         self.normalise = Normalise(data.mean, data.std).to(self.device)
         self.name = type(self.model).__name__
-        for drawing in (self.model, getattr(self.model, "corrupt", self.model)):
-            if seed is not None and hasattr(drawing, "seed"):
-                drawing.seed = seed
+        if seed is not None and isinstance(self.model, Seeded):
+            self.model.seed = seed
 
     def see(self, inputs: Shaped[Tensor, "n c *size"]) -> Float[Tensor, "n c *size"]:
         """What the model is given for these pixels or signals."""
@@ -97,20 +97,6 @@ class Pretrained:
     def show(self, x: Float[Tensor, "n c *size"]) -> Float[Tensor, "n c *size"]:
         """Pixels in 0..1, or signals, on the CPU."""
         return self.normalise.undo(x.detach().float()).cpu()
-
-    def require(self, method: str, why: str) -> Callable[..., Tensor]:
-        """A method of the model.
-
-        Args:
-            method: its name.
-            why: what a model without it lacks.
-
-        Raises:
-            ValueError: the model has none.
-        """
-        if not hasattr(self.model, method):
-            raise ValueError(f"{self.name} {why}")
-        return getattr(self.model, method)
 
 
 class Given(NamedTuple):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from maepretrain.apply.inputs import Pretrained, parse_application, read_images
 from maepretrain.data.module import ShardData
-from maepretrain.models.mae.model import MaskedAutoencoder
+from maepretrain.models.protocol import Masks, declared, require
 from maepretrain.plots import reconstruction_grid
 from maepretrain.ranks import say
 
@@ -47,12 +47,11 @@ def reconstruct(
     check_picture(out)
     pretrained = Pretrained(encoder, data, seed)
     if mask_ratio is not None:
-        if not isinstance(pretrained.model, MaskedAutoencoder):
-            raise ValueError(f"mask_ratio is for masked autoencoders; {pretrained.name} hides none")
-        pretrained.model.hide(mask_ratio)
+        refusal = "hides none of its input: --mask_ratio is for masked autoencoders"
+        require(pretrained.model, Masks, refusal).hide(mask_ratio)
     given = read_images(images, data, n)
     shown = pretrained.model.reconstruct(pretrained.see(given.inputs))
-    if getattr(pretrained.model, "norm_pix", False):
+    if declared(pretrained.model, "norm_pix"):
         say("predictions   are of contrast: each patch's mean and deviation are the original's")
     rows = {name: pretrained.show(row) for name, row in shown._asdict().items()}
     draw(rows, given.names, out)

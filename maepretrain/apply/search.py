@@ -27,6 +27,7 @@ from maepretrain.evaluate.features import CHUNK
 from maepretrain.evaluate.frozen_features import shown
 from maepretrain.evaluate.neighbours import nearest
 from maepretrain.models.autoencoders.semantic_hashing import hamming
+from maepretrain.models.protocol import BinaryCodes, require
 from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.plots import titled_images
 from maepretrain.ranks import say
@@ -82,9 +83,9 @@ def search(
     made, data = json.loads(bank.made), data_of(bank)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_encoder(encoder or made["encoder"], data)
-    metric = metric or ("hamming" if hasattr(model, "codes") else "cosine")
-    if metric == "hamming" and not hasattr(model, "codes"):
-        raise ValueError(f"{type(model).__name__} has no binary codes: take --metric cosine")
+    metric = metric or ("hamming" if isinstance(model, BinaryCodes) else "cosine")
+    if metric == "hamming":
+        require(model, BinaryCodes, "has no binary codes: take --metric cosine")
     encode = Encode(model, data, made["pool"], device)
     _check_encoder(encode, bank, data, f"{index} was not made by {encoder or made['encoder']}")
     names, inputs = _read_queries(query, bank, data)

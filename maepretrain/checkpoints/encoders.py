@@ -28,6 +28,7 @@ from maepretrain.checkpoints.timm_models import timm_encoder
 from maepretrain.checkpoints.weights import load_exactly, read_file, read_state, read_weights
 from maepretrain.data.module import ShardData
 from maepretrain.models.mae.model import MaskedAutoencoder
+from maepretrain.models.protocol import Blocks, Reconstructs, Resizes, declared
 from maepretrain.ranks import say
 
 Weights = dict[str, Tensor]
@@ -70,7 +71,7 @@ def load_autoencoder(spec: str, data: ShardData | None = None) -> nn.Module:
                 f"pretraining run ({config.get('encoder')})"
             )
     model, decoder = _loaded(spec, data)
-    if not decoder or not hasattr(model, "reconstruct"):
+    if not decoder or not isinstance(model, Reconstructs):
         raise ValueError(f"{spec} is an encoder alone: this needs a model with its decoder")
     return model
 
@@ -99,9 +100,9 @@ def fresh_encoder(spec: str, data: ShardData | None, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = source.make()
-    size = getattr(model, "grid", None)
+    made_for = model.image_shape if isinstance(model, Resizes) else None
     model = _resized(model, source.shape, shape)
-    if isinstance(model, MaskedAutoencoder) and model.grid != size:
+    if isinstance(model, Resizes) and model.image_shape != made_for:
         model.renew_positions()
     return model
 
@@ -112,11 +113,8 @@ def require_blocks(encoder: nn.Module, purpose: str) -> None:
     Raises:
         ValueError: it has none.
     """
-    if not hasattr(encoder, "features") or not hasattr(encoder, "layers"):
-        raise ValueError(
-            f"{purpose} needs a ViT; "
-            f"{type(getattr(encoder, 'encoder', encoder)).__name__} has no blocks of tokens"
-        )
+    if not isinstance(encoder, Blocks):
+        raise ValueError(f"{purpose} needs a ViT; {type(encoder).__name__} has no blocks of tokens")
 
 
 @dataclass(frozen=True)
@@ -240,8 +238,8 @@ def _load(model: nn.Module, weights: Weights, spec: str) -> bool:
         if {"vit.embeddings.cls_token", "embeddings.cls_token"} & weights.keys():
             weights = from_hugging_face(weights)
         own_names = any(name.startswith("encoder.") for name in weights)
-        if isinstance(model, MaskedAutoencoder) and not own_names:
-            return load_official(model, weights) == "encoder and decoder"
+        if declared(model, "layout") == "mae" and not own_names:
+            return load_official(cast(MaskedAutoencoder, model), weights) == "encoder and decoder"
         load_exactly(model.state_dict(), weights)
     except ValueError as error:
         raise ValueError(f"encoder {spec}: {error}") from error
@@ -259,15 +257,15 @@ def _resized(model: nn.Module, made_for: Shape | None, shape: Shape | None) -> n
     Raises:
         ValueError: other channels, or a size that it cannot be made to take.
     """
-    if isinstance(model, MaskedAutoencoder):
-        made_for = (model.channels, *model.encoder.patch_embed.img_size)
+    if isinstance(model, Resizes):
+        made_for = model.image_shape
     if shape is None or made_for is None or made_for == shape:
         return model
     if made_for[0] != shape[0]:
         raise ValueError(
             f"the encoder takes images of {made_for[0]} channels; data.channels is {shape[0]}"
         )
-    if not isinstance(model, MaskedAutoencoder) or len(shape) != 3:
+    if not isinstance(model, Resizes) or len(shape) != 3:
         raise ValueError(
             f"the encoder takes inputs of size {list(made_for[1:])}, not {list(shape[1:])}: "
             "set data.image_size"

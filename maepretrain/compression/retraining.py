@@ -20,6 +20,7 @@ from maepretrain.data.module import ShardData
 from maepretrain.evaluate.classifier import Classifier, Head
 from maepretrain.evaluate.labels import choose_labels
 from maepretrain.models.mae.model import MaskedAutoencoder
+from maepretrain.models.protocol import declared
 from maepretrain.training.callbacks.progress import progress
 from maepretrain.training.callbacks.throughput import Throughput
 from maepretrain.training.optimizer import Optimization
@@ -160,7 +161,7 @@ def load_classifier(
     if fraction != 1 or few is not None:
         data.choose(choose_labels(labels, fraction, few, config["seed"]))
     model = load_encoder(str(run), data)
-    if not isinstance(model, MaskedAutoencoder):
+    if declared(model, "layout") != "mae":
         raise ValueError(f"compress takes a MaskedAutoencoder; {run} is a {type(model).__name__}")
     return model, _load_head(run, config, model.width)
 

@@ -19,6 +19,7 @@ from maepretrain.data.augment import Augmentation
 from maepretrain.data.batch import Batch
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate.targets import Targets
+from maepretrain.models.protocol import Layered, declared, require
 from maepretrain.randomness import key
 from maepretrain.ranks import run_on_all
 from maepretrain.runs.results import scores
@@ -148,6 +149,7 @@ class Finetuned(nn.Module):
     def __init__(self, model: nn.Module, head: Head) -> None:
         super().__init__()
         self.model, self.head = model, head
+        self.shardable = declared(model, "shardable")
 
     def forward(self, batch: Batch) -> Batch:
         """Cross-entropy; a frozen encoder keeps nothing for a backward."""
@@ -367,9 +369,8 @@ def choose_layers(model: nn.Module, head: Head, trained_blocks: int) -> list[lis
         return []
     if head.kind == "batchnorm":
         raise ValueError('head "batchnorm" is for a frozen encoder: set trained_blocks to 0')
-    if not hasattr(model, "layers"):
-        raise ValueError(f"{type(model).__name__} has no layers(): it cannot be fine-tuned")
-    layers: list[list[nn.Parameter]] = cast(Any, model).layers()
+    refusal = "has no layers(): it cannot be fine-tuned"
+    layers = require(model, Layered, refusal).layers()
     blocks = len(layers) - 2  # the embedding before, the norm after
     if not -1 <= trained_blocks <= blocks:
         raise ValueError(f"trained_blocks {trained_blocks} must be -1 (all) to {blocks}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from maepretrain.data.module import ShardData
 from maepretrain.data.normalise import Normalise
 from maepretrain.evaluate.features import embed
+from maepretrain.models.protocol import Blocks
 
 Pool = Literal["mean", "cls", "last4"]
 OUTPUT = "output"
@@ -55,12 +56,11 @@ def encoder_views(
     """
     model, normalise = cast(Any, encoder).eval().to(device), Normalise(data.mean, data.std)
     normalise.to(device)
-    depth = model.depth if hasattr(model, "features") else 0
+    depth = model.depth if isinstance(model, Blocks) else 0
     wanted = range(depth) if blocks is None else [_checked(block, depth) for block in blocks]
     read = set(wanted) if {"mean", "cls"} & set(pools) else set()
     last = range(max(0, depth - 4), depth) if "last4" in pools else range(0)
     order = sorted(read | set(last))
-    has_class = getattr(getattr(model, "encoder", None), "cls_token", None) is not None
 
     def encode(images: Tensor) -> dict[str, Tensor]:
         x = normalise(images.to(device, non_blocking=True))
@@ -70,7 +70,7 @@ def encoder_views(
         for block in sorted(read):
             if "mean" in pools:
                 views[f"block {block} mean"] = means[block]
-            if "cls" in pools and has_class:
+            if "cls" in pools and model.has_class_token:
                 views[f"block {block} cls"] = tokens[block][:, 0]
         if last:
             views["last 4 mean"] = torch.cat([means[block] for block in last], 1)

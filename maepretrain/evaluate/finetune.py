@@ -21,6 +21,7 @@ from maepretrain.evaluate.classifier import Classifier, Head, Kind, Pool
 from maepretrain.evaluate.frozen_features import CONFUSED, shown
 from maepretrain.evaluate.labels import choose_labels, count_classes
 from maepretrain.evaluate.targets import Targets, Task
+from maepretrain.models.protocol import TrainsPositions
 from maepretrain.parsing.parser import allow_bare_flags, make_parser
 from maepretrain.plots import confusion_matrix, most_confused
 from maepretrain.ranks import say
@@ -145,8 +146,8 @@ def finetune(
     arguments = in_steps(trainer, data.order.steps_per_epoch)
     _require_last_validation(arguments)
     model = fresh_encoder(encoder, data, seed) if scratch else load_encoder(encoder, data)
-    if trained_blocks == -1 and hasattr(model, "train_positions"):
-        cast(Any, model).train_positions()
+    if trained_blocks == -1 and isinstance(model, TrainsPositions):
+        model.train_positions()
     torch.manual_seed(seed)
     classifier = Head(_width(model, data), count, head, pool, heads)
     recipe = (augment, trained_blocks, drop_path, ema, label_smoothing, seed, table, guard)

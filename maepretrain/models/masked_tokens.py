@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from maepretrain.data.batch import Batch
 from maepretrain.data.images import PADDING
-from maepretrain.models.vit import sincos_positions
+from maepretrain.models.mae.positions import sincos_positions
 from maepretrain.randomness import uniform
 
 

@@ -1,25 +1,36 @@
-"""What a masked autoencoder needs of a plain ViT: one from timm, its layers, patches cut out and
-put back, fixed positions.
+"""timm's plain VisionTransformer: made, embedded, run block by block, pooled.
 
-Axes: b images, c channels, h w pixels, n patches, k some of them, v values of a patch, d features,
-p patch side.
+timm's private names are used here alone: `_pos_embed`, which adds positions and prefix tokens.
+
+Axes: b images, c channels, h w pixels, n patches, k some of them, v values of a
+patch, t tokens, d features, p patch side.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+Pool = Literal["cls", "mean", "tokens"]
 
 
 def create_encoder(
     name: str, image_size: int | tuple[int, int], channels: int, **overrides: Any
 ) -> VisionTransformer:
     """A timm VisionTransformer without head or pooling, its norm after the last block kept.
+
+    Args:
+        name: of timm.
+        image_size: side, or (height, width).
+        channels: of the images.
+        overrides: arguments of timm's VisionTransformer; None leaves the encoder's own.
 
     Raises:
         ValueError: an unknown name, another kind of model, or an image size that the patch size
@@ -33,7 +44,7 @@ def create_encoder(
             num_classes=0,
             global_pool="",  # no attention pooling either: it would never get a gradient
             fc_norm=False,
-            **overrides,
+            **{key: value for key, value in overrides.items() if value is not None},
         )
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"timm cannot make encoder {name}: {error}") from error
@@ -50,6 +61,11 @@ def create_encoder(
 
 
 def check_divides(image_size: tuple[int, int], p: int) -> None:
+    """Refuse images that patches do not fill.
+
+    Raises:
+        ValueError: a side that the patch size does not divide.
+    """
     h, w = image_size
     if h % p or w % p:
         raise ValueError(f"image size {h}x{w} must be divisible by patch size {p}")
@@ -74,48 +90,77 @@ def check_blocks(blocks: Sequence[int], depth: int) -> None:
             raise ValueError(f"block {block} is none of the encoder's {depth} (0 is the first)")
 
 
-def gather_patches(
-    images: Float[Tensor, "b c h w"],
-    ids: Int64[Tensor, "b k"],
-    grid: tuple[int, int],
-    order: Literal["cpp", "ppc"],
-) -> Float[Tensor, "b k v"]:
-    """The pixels of chosen patches: (c, p, p) as the patch projection reads them, or (p, p, c) as
-    the target is ordered."""
-    b, c, h, w = images.shape
-    rows, columns = grid
-    blocks = images.reshape(b, c, rows, h // rows, columns, w // columns)
-    blocks = blocks.permute((0, 2, 4, 1, 3, 5) if order == "cpp" else (0, 2, 4, 3, 5, 1))
-    which = torch.arange(b, device=ids.device)[:, None]
-    return blocks[which, ids // columns, ids % columns].flatten(2)
+def run_block(block: nn.Module, *arguments: Any, recompute: bool) -> Float[Tensor, "b t d"]:
+    """The output of a block; with `recompute`, one that keeps its inputs alone for the backward."""
+    if recompute and torch.is_grad_enabled():
+        return cast(Tensor, checkpoint(block, *arguments, use_reentrant=False))
+    return block(*arguments)
 
 
-def unpatchify(
-    patches: Float[Tensor, "b n v"], grid: tuple[int, int], channels: int
-) -> Float[Tensor, "b c h w"]:
-    """Images from all patches in (p, p, c) order."""
-    b, _, v = patches.shape
-    rows, columns = grid
-    p = round((v // channels) ** 0.5)
-    blocks = patches.reshape(b, rows, columns, p, p, channels).permute(0, 5, 1, 3, 2, 4)
-    return blocks.reshape(b, channels, rows * p, columns * p)
+def project_patches(
+    encoder: VisionTransformer, pixels: Float[Tensor, "b k v"]
+) -> Float[Tensor, "b k d"]:
+    """The patch projection, a strided convolution over a whole image, of some patches alone; their
+    pixels in the order (c, p, p)."""
+    projection = encoder.patch_embed.proj
+    tokens = F.linear(pixels, projection.weight.flatten(1), projection.bias)
+    return encoder.patch_embed.norm(tokens)
 
 
-def sincos_positions(width: int, grid: tuple[int, int], prefix: int) -> Float[Tensor, "1 n d"]:
-    """Fixed 2-D sin-cos positions, zero for prefix tokens; the first half of the features encodes
-    the column.
+def embed_images(
+    encoder: VisionTransformer, images: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b t d"]:
+    """The input of the first block: prefix tokens and all patches, with positions."""
+    tokens = encoder.patch_drop(encoder._pos_embed(encoder.patch_embed(images)))
+    return encoder.norm_pre(tokens)
+
+
+def block_outputs(
+    encoder: VisionTransformer,
+    tokens: Float[Tensor, "b t d"],
+    blocks: Sequence[int],
+    recompute: bool,
+) -> list[Float[Tensor, "b t d"]]:
+    """Outputs of these blocks, before the final norm.
+
+    Args:
+        encoder: its blocks are run.
+        tokens: of `embed_images`.
+        blocks: 0 is the first, -1 the last.
+        recompute: compute blocks again in the backward pass.
 
     Raises:
-        ValueError: a width that is not divisible by 4.
+        ValueError: a block that the encoder does not have.
     """
-    if width % 4:
-        raise ValueError(f"sin-cos positions need a width divisible by 4, not {width}")
-    rows, columns = grid
-    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    halves = []
-    for coordinate in (column, row):  # the official code puts w before h
-        angle = coordinate.flatten()[:, None] * frequency
-        halves += [angle.sin(), angle.cos()]
-    positions = torch.cat(halves, 1).float()
-    return torch.cat([torch.zeros(prefix, width), positions])[None]
+    depth = len(encoder.blocks)
+    check_blocks(blocks, depth)
+    wanted = [block % depth for block in blocks]
+    outputs = {}
+    for number, block in enumerate(encoder.blocks[: max(wanted, default=-1) + 1]):
+        tokens = run_block(block, tokens, recompute=recompute)
+        if number in wanted:
+            outputs[number] = tokens
+    return [outputs[number] for number in wanted]
+
+
+def check_pool(pool: Pool, has_class_token: bool) -> None:
+    """Refuse a class token that is not there.
+
+    Raises:
+        ValueError: pool="cls" without a class token.
+    """
+    if pool == "cls" and not has_class_token:
+        raise ValueError('this encoder has no class token: use pool "mean"')
+
+
+def prepend_prefix(
+    encoder: VisionTransformer, tokens: Float[Tensor, "b n d"], positions: Float[Tensor, "s d"]
+) -> Float[Tensor, "b t d"]:
+    """Class and register tokens with their positions, if they have any, before the others."""
+    prefix = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
+    if not prefix:
+        return tokens
+    first = torch.cat(prefix, 1)
+    if len(positions):
+        first = first + positions
+    return torch.cat([first.expand(len(tokens), -1, -1), tokens], 1)

@@ -35,7 +35,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from maepretrain.checkpoints.encoders import fresh_encoder
 from maepretrain.data.batch import Batch
@@ -45,13 +44,14 @@ from maepretrain.data.order import EpochOrder
 from maepretrain.data.sampler import RunSampler
 from maepretrain.evaluate.classifier import Finetuned, Head, choose_layers
 from maepretrain.evaluate.finetune import finetune_parser
-from maepretrain.models.flops import Flops, as_taken, flops, imitate, peak_of
+from maepretrain.models.flops import Flops, flops, imitate, peak_of
 from maepretrain.models.mae.decoders import CrossBlock
-from maepretrain.models.mae.model import MaskedAutoencoder
+from maepretrain.models.protocol import TrainsPositions, as_taken, declared
 from maepretrain.parsing.errors import UserError
 from maepretrain.parsing.parser import allow_bare_flags, make_parser
 from maepretrain.ranks import quiet_lightning
 from maepretrain.runs.results import print_columns
+from maepretrain.torch_internals import DataDependentOutputException, FakeTensorMode
 from maepretrain.training.trainer_arguments import in_steps
 from maepretrain.workflows.pretrain import pretrain_parser
 
@@ -151,10 +151,7 @@ def plan(
             f"a micro-batch of {n} is no multiple of {data.crops_per_image} crops_per_image"
         )
     model, batch, activations, recomputed = measured(build, data, n, dtype)
-    if isinstance(model, MaskedAutoencoder):
-        shape = (n, *batch["input"].shape[1:])
-        batch["input"] = torch.empty(shape, device="meta")
-    cost = flops(model, batch)
+    cost = flops(model, make_batch(data, n))
     figures = {
         "samples": samples,
         "steps_per_epoch": steps_per_epoch,
@@ -178,7 +175,7 @@ def plan(
             "megabytes_per_s": size and rate / data.crops_per_image * size / 1e6,
         }
     # As engines/sharded.py has it: other models would be refused.
-    divisible = getattr(getattr(model, "model", model), "shardable", False)
+    divisible = declared(model, "shardable")
     rows: dict[str, dict[str, float]] = {}
     for name, strategy in STRATEGIES.items():
         if divisible or not strategy.optimizer:
@@ -300,7 +297,7 @@ def kept(model: nn.Module, batch: Batch, dtype: torch.dtype | None) -> tuple[int
         blocks[type(block), *shapes] = block, given
 
     batch = as_taken(model, batch)
-    recomputes = any(getattr(m, "activation_checkpointing", False) for m in model.modules())
+    recomputes = any(declared(m, "activation_checkpointing") for m in model.modules())
     found = [b for b in model.modules() if recomputes and isinstance(b, Block | CrossBlock)]
     hooks = [block.register_forward_pre_hook(remember) for block in found]
     known = [*model.parameters(), *model.buffers()]
@@ -480,8 +477,8 @@ def _finetuned(config: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         model = fresh_encoder(config.encoder, data, config.seed)
         trained = config.trained_blocks
-        if trained == -1 and hasattr(model, "train_positions"):
-            cast(Any, model).train_positions()
+        if trained == -1 and isinstance(model, TrainsPositions):
+            model.train_positions()
         code = cast(Any, model).encode(torch.zeros(1, *data.shape))
         head = Head(code.shape[1], config.classes, config.head, config.pool, config.heads)
         choose_layers(model, head, trained)

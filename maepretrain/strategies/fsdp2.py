@@ -11,11 +11,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from maepretrain.checkpoints.fragments import WEIGHT, Fragment
+from maepretrain.models.protocol import entry_points
 from maepretrain.strategies.sharded import ShardedStrategy, require_shardable, state_tensors
 from maepretrain.torch_internals import local_slice
-
-# Evaluation calls them, besides the model's forward.
-FORWARD_METHODS = ("encode", "features", "reconstruct")
 
 
 class FSDP2(ShardedStrategy, ModelParallelStrategy):
@@ -41,9 +39,8 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
             for block in _blocks(unit):
                 fully_shard(block, mesh=mesh)
             fully_shard(unit, mesh=mesh)
-            for method in FORWARD_METHODS:
-                if hasattr(unit, method):
-                    register_fsdp_forward_method(unit, method)
+            for method in entry_points(unit):
+                register_fsdp_forward_method(unit, method)
 
     def optimizer_states(self) -> dict[Tensor, dict[str, Any]]:
         return cast(Any, self.optimizers[0].state)

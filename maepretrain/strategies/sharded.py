@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from maepretrain.checkpoints.fragments import WEIGHT, Fragment, numbered, save
 from maepretrain.checkpoints.saved import Saved, load
+from maepretrain.models.protocol import declared
 from maepretrain.strategies.deepspeed_internals import held_by_stage_3
 
 
@@ -154,7 +155,7 @@ def require_shardable(module: nn.Module, strategy: str) -> None:
         ValueError: with the way out.
     """
     model = cast(Any, module).model
-    if not getattr(model, "shardable", False):
+    if not declared(model, "shardable"):
         raise ValueError(
             f"{type(model).__name__} does not run under {strategy}, which divides models among "
             "processes: take -c strategy/ddp"

@@ -8,7 +8,6 @@ import torch
 
 from maepretrain.data.module import ShardData
 from maepretrain.models.flops import flops, peak_here
-from maepretrain.models.mae.model import MaskedAutoencoder
 from maepretrain.training.module import TrainingModule
 
 
@@ -32,14 +31,12 @@ def measure_cost(data: ShardData, trainer: L.Trainer, module: TrainingModule) ->
     dtype = torch.bfloat16 if str(trainer.precision).startswith(("bf16", "16")) else None
     peak, source = peak_here(trainer.strategy.root_device, dtype)
     model = module.training_step_model()
-    # It is counted without memory, at the size of a micro-batch.
-    is_meta = isinstance(model, MaskedAutoencoder)
-    n = data.sampler.micro_batch if is_meta else 2
+    n = data.sampler.micro_batch
     costs: dict[tuple[int, ...], float] = {}
     for shape in {data.shape_at(0), data.shape}:
         batch = {
-            # Zeros are what every likelihood takes.
-            "input": torch.zeros(n, *shape, device="meta" if is_meta else "cpu"),
+            # Every likelihood takes zeros; only their shape needs memory.
+            "input": torch.zeros(1, *shape).expand(n, *shape),
             "position": torch.arange(n),
             "label": torch.zeros(n, dtype=torch.int64),
         }

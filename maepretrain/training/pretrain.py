@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from maepretrain.data.batch import Batch
 from maepretrain.data.module import ShardData
+from maepretrain.models.protocol import Summarises
 from maepretrain.training.module import TrainingModule
 from maepretrain.training.nonfinite import NonFinite
 from maepretrain.training.optimizer import Optimization
@@ -33,7 +34,7 @@ class Pretrain(TrainingModule):
 
     def summary(self) -> dict[str, str]:
         """The model's own lines, if it has any."""
-        return cast(Any, self.model).summary() if hasattr(self.model, "summary") else {}
+        return self.model.summary() if isinstance(self.model, Summarises) else {}
 
     def encode(self, images: Tensor) -> Tensor:
         """Features (b, d) of uint8 images."""

@@ -1,7 +1,7 @@
 """Pretraining: any model of the project, one optimizer, one schedule, in one run folder."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 from jsonargparse import ArgumentParser
@@ -13,6 +13,7 @@ from maepretrain.compression.autoencoder import Compression
 from maepretrain.compression.residual_coder import ResidualCoder
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate.live import LiveEvaluation
+from maepretrain.models.protocol import Reconstructs, TakesSmaller, declared, require
 from maepretrain.parsing.parser import make_parser
 from maepretrain.runs.folder import RunFolder
 from maepretrain.training.callbacks.last_checkpoint import LastCheckpoint
@@ -104,7 +105,7 @@ def pretrain(
     _check_low_resolution(model, data)
     data.allow_reorder = allow_reorder
     # Mistakes that show without shards have been refused: from here on shards are opened.
-    if getattr(model, "needs_labels", False):
+    if declared(model, "needs_labels"):
         _require_labels(data, type(model).__name__)
     arguments = in_steps(trainer, data.order.steps_per_epoch)
     if live_probe and data.val_index is None:
@@ -126,9 +127,8 @@ def _check_low_resolution(model: nn.Module, data: ShardData) -> None:
     """Refuse small images at first where the model cannot take them."""
     if data.early is None:
         return
-    if not hasattr(model, "check_smaller"):
-        raise ValueError(f"{type(model).__name__} takes no smaller images: no low_image_size")
-    cast(Any, model).check_smaller(data.early.height, data.early.width)
+    refusal = "takes no smaller images: no low_image_size"
+    require(model, TakesSmaller, refusal).check_smaller(data.early.height, data.early.width)
 
 
 def _require_labels(data: ShardData, purpose: str) -> None:
@@ -148,7 +148,7 @@ def _held_out_callbacks(
             run / "checkpoints", "best", monitor="val_loss", enable_version_counter=False
         )
     ]
-    if pictures and hasattr(model, "reconstruct"):
+    if pictures and isinstance(model, Reconstructs):
         callbacks.append(ReconstructionGrid(run, pictures))
     if live_probe:
         callbacks.append(LiveEvaluation(live_probe))

@@ -72,7 +72,7 @@ def test_mask_ratio_and_seed_of_a_masked_autoencoder(
     assert run_cli(*command) == 0
     model: Any = load_encoder(str(run)).eval()
     truth = torch.from_numpy(digits()[1].images[:4])[:, None] / 255
-    model.mask_ratio = 0.5
+    model.masking.ratio = 0.5
     with torch.no_grad():
         shown = model.reconstruct((truth - 0.3) / 0.4, uniform(5, "mask", torch.arange(4), 16))
     said = capsys.readouterr().out

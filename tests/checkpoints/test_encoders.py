@@ -22,6 +22,7 @@ from maepretrain.checkpoints.official import official_weights
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate.options import data_of_encoder, evaluation_parser
 from maepretrain.models.mae.model import MaskedAutoencoder
+from maepretrain.models.mae.positions import sincos_positions
 from maepretrain.models.timm_encoder import TimmViT
 from maepretrain.models.vit import sincos_positions
 from maepretrain.parsing.errors import UserError
@@ -153,7 +154,7 @@ def test_positions_are_interpolated_as_the_official_code_does(trained: bool) -> 
     assert model.decoder_pos_embed.shape == (1, 50, 16)
     assert model.encode(images(28, 28)).shape == (3, 32)
     loss = model({"input": images(28, 28), "position": torch.arange(3)})["loss"]
-    assert loss.isfinite() and model.visible == 12
+    assert loss.isfinite() and model.masking.visible(model.grid) == 12
     with pytest.raises(ValueError, match="the model takes"):
         model.encode(images(16, 16))
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from maepretrain.models.mae.model import BLOCKS_TRIED, MaskedAutoencoder
-from maepretrain.models.vit import gather_patches, sincos_positions, unpatchify
+from maepretrain.models.mae.masking import BLOCKS_TRIED
+from maepretrain.models.mae.model import MaskedAutoencoder
+from maepretrain.models.mae.patches import gather_patches, unpatchify
+from maepretrain.models.mae.positions import sincos_positions
 from maepretrain.randomness import uniform
 
 # Class token or none, registers, positions with and without them, LayerScale, a norm before the
@@ -83,7 +85,7 @@ def hugging_face(model: MaskedAutoencoder) -> ViTMAEForPreTraining:
             decoder_num_hidden_layers=len(model.decoder_blocks),
             decoder_num_attention_heads=decoder.attn.num_heads,
             decoder_intermediate_size=decoder.mlp.fc1.out_features,
-            mask_ratio=model.mask_ratio,
+            mask_ratio=model.masking.ratio,
             norm_pix_loss=model.norm_pix,
             layer_norm_eps=1e-6,
         )
@@ -279,7 +281,7 @@ def test_masks_leave_the_exact_number_visible(mask: str, ratio: float) -> None:
 def test_random_masks_are_uniform() -> None:
     """Single patches and pairs are visible as often as in a draw of 4 of 16 without replacement."""
     model, draws = tiny(), 20_000
-    keep, _ = model._split(model.noise(torch.arange(draws) * 7), model.grid)
+    keep, _ = model.masking.split(model.noise(torch.arange(draws) * 7), model.grid)
     shown = torch.zeros(draws, 16).scatter(1, keep, 1.0)
     single, pair = 4 / 16, 4 * 3 / (16 * 15)
     square = (shown.sum(0) - draws * single) ** 2 / (draws * single * (1 - single))
@@ -365,7 +367,7 @@ def test_the_smallest_noise_stays_visible_and_ties_keep_their_order() -> None:
     assert torch.equal(visible(model, distinct), (distinct < 256).float())
     assert torch.equal(visible(model, torch.zeros(2, 1024))[0], (torch.arange(1024) < 256).float())
     coarse = torch.randint(0, 4, (2, 1024)).float()
-    keep, masked = model._split(coarse, model.grid)
+    keep, masked = model.masking.split(coarse, model.grid)
     for sample in range(2):
         values = coarse[sample].tolist()
         truth = sorted(range(1024), key=values.__getitem__)  # Python's sort is stable

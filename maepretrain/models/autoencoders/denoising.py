@@ -72,6 +72,15 @@ class Denoising(nn.Module):
             "corrupted_mse": (corrupted - x).square().mean(),
         }
 
+    @property
+    def seed(self) -> int:
+        """Of the corruption's noise."""
+        return self.corrupt.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self.corrupt.seed = seed
+
     def encode(self, images: Float[Tensor, "b c *size"]) -> Float[Tensor, "b d"]:
         """The code of images as they are, not corrupted."""
         return self.coder.encode(images)

@@ -1,7 +1,7 @@
 """FLOPs of training: a multiplication and an addition are two, and matrix products alone count, as
 papers and MFU have it.
 
-torch's FlopCounterMode counts a forward and a backward on fake tensors, which have shapes but no
+torch's FlopCounterMode counts a forward and a backward on meta tensors, which have shapes but no
 values: what is not computed is not counted. Blocks that activation checkpointing computes a second
 time are counted apart.
 """
@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maepretrain.data.batch import Batch
 from maepretrain.models.protocol import as_taken, declared
-from maepretrain.torch_internals import DataDependentOutputException, FakeTensorMode
 
 # Dense peak TFLOP/s in 16 bits (V100 and T4 have float16 only) and in fp32 without TF32: the
 # vendors' data sheets, from memory; of the SXM version where there are several.
@@ -56,12 +55,11 @@ def flops(model: nn.Module, batch: Batch) -> Flops:
             Only its shapes and types are used, unless the model's forward looks at values.
     """
     batch = as_taken(model, batch)
+    shapes = {name: tensor.to("meta") for name, tensor in batch.items()}
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            shapes = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in batch.items()}
-            return _of_copy(imitate(model), shapes)
-    except DataDependentOutputException:  # its forward looks at values: such models are small
-        return _of_copy(copy.deepcopy(model), {k: tensor[:2] for k, tensor in batch.items()})
+        return _of_copy(imitate(model, "meta"), shapes)
+    except RuntimeError:  # its forward looks at values: such models are small
+        return _of_copy(copy.deepcopy(model), {name: x[:2] for name, x in batch.items()})
 
 
 def _of_copy(model: nn.Module, batch: Batch) -> Flops:
@@ -87,17 +85,19 @@ def _counted(model: nn.Module, batch: Batch) -> Flops:
         return Flops(forward / n, counter.get_total_flops() / n)
 
 
-def imitate(model: nn.Module) -> nn.Module:
-    """A copy of fake CPU tensors, which have shapes and types but neither memory nor values; inside
-    a FakeTensorMode."""
+def imitate(model: nn.Module, device: str) -> nn.Module:
+    """A copy whose tensors have shapes and types but neither memory nor values: on the device
+    "meta", or on another one inside a FakeTensorMode."""
 
-    def fake(tensor: Tensor) -> Tensor:
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        trained = tensor.requires_grad
-        return nn.Parameter(empty, trained) if isinstance(tensor, nn.Parameter) else empty
+    def empty(tensor: Tensor) -> Tensor:
+        imitation = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(imitation, tensor.requires_grad)
+        return imitation
 
-    # What deepcopy has met already it does not copy.
-    return copy.deepcopy(model, {id(t): fake(t) for t in (*model.parameters(), *model.buffers())})
+    tensors = [*model.parameters(), *model.buffers()]
+    # deepcopy does not copy what it believes to have met already.
+    return copy.deepcopy(model, {id(tensor): empty(tensor) for tensor in tensors})
 
 
 def peak_of(device: str | None, dtype: torch.dtype | None) -> float | None:

@@ -12,7 +12,7 @@ Axes: b samples, c channels, *size sides, d features, n tokens, h w pixels.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -102,8 +102,8 @@ class Blocks(Layered, Protocol):
 class Reconstructs(Protocol):
     """Predicts its inputs."""
 
-    def reconstruct(self, images: Tensor) -> NamedTuple:
-        """Rows of a picture, each (b, c, *size) in normalised values, each named by its field.
+    def reconstruct(self, images: Tensor) -> Any:
+        """A named tuple of the rows of a picture, each (b, c, *size) in normalised values;
         `original` and `reconstruction` are among them."""
         ...
 

@@ -151,7 +151,9 @@ def plan(
             f"a micro-batch of {n} is no multiple of {data.crops_per_image} crops_per_image"
         )
     model, batch, activations, recomputed = measured(build, data, n, dtype)
-    cost = flops(model, make_batch(data, n))
+    # As large as a micro-batch, without its memory.
+    micro_batch = {name: x[:1].expand(n, *x.shape[1:]) for name, x in batch.items()}
+    cost = flops(model, micro_batch)
     figures = {
         "samples": samples,
         "steps_per_epoch": steps_per_epoch,
@@ -264,7 +266,7 @@ def measured(
     small = make_batch(data, 2)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return model, small, *kept(imitate(model), make_batch(data, n), dtype)
+            return model, small, *kept(imitate(model, "cpu"), make_batch(data, n), dtype)
     except DataDependentOutputException:  # its forward looks at values: such models are small
         model = build()
         two, _ = kept(model, small, dtype)

@@ -13,7 +13,7 @@ Nothing of timm, transformers or the official code runs here; what they cannot e
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import yaml

@@ -8,7 +8,7 @@ documents them; `require_blocks` refuses an encoder that has not.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch

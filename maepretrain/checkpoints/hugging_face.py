@@ -167,7 +167,7 @@ def hugging_face_config(model: MaskedAutoencoder) -> dict[str, Any]:
         "decoder_num_hidden_layers": len(decoder),
         "decoder_num_attention_heads": decoder[0].attn.num_heads,
         "decoder_intermediate_size": decoder[0].mlp.fc1.out_features,
-        "mask_ratio": model.mask_ratio,
+        "mask_ratio": model.masking.ratio,
         "norm_pix_loss": model.norm_pix,
     }
 

@@ -100,7 +100,7 @@ class Codec:
         _constriction()  # before the model is read
         run = run_of(spec)
         model = cast(Any, load_encoder(spec)).eval()
-        if not isinstance(model, Coder):
+        if not isinstance(model, SymbolModel):
             raise ValueError(
                 f"{spec} is a run of {type(model).__name__}, which writes no files: "
                 "take one of ae/compression or ae/compression_residual"

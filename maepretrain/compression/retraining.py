@@ -4,7 +4,7 @@ them, and their accuracy."""
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import yaml
@@ -163,6 +163,7 @@ def load_classifier(
     model = load_encoder(str(run), data)
     if declared(model, "layout") != "mae":
         raise ValueError(f"compress takes a MaskedAutoencoder; {run} is a {type(model).__name__}")
+    model = cast(MaskedAutoencoder, model)
     return model, _load_head(run, config, model.width)
 
 

@@ -9,7 +9,7 @@ time are counted apart.
 import copy
 import re
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,9 @@ def flops(model: nn.Module, batch: Batch) -> Flops:
 def _of_copy(model: nn.Module, batch: Batch) -> Flops:
     """Of a model that may be changed: it runs with recomputation, if it has some, and without."""
     model.eval()  # nothing random is drawn, and no statistics kept
-    recomputing = [m for m in model.modules() if declared(m, "activation_checkpointing")]
+    recomputing: list[Any] = [
+        module for module in model.modules() if declared(module, "activation_checkpointing")
+    ]
     in_all = _counted(model, batch)
     if not recomputing:
         return in_all

@@ -157,7 +157,8 @@ def prepend_prefix(
     encoder: VisionTransformer, tokens: Float[Tensor, "b n d"], positions: Float[Tensor, "s d"]
 ) -> Float[Tensor, "b t d"]:
     """Class and register tokens with their positions, if they have any, before the others."""
-    prefix = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
+    both = (encoder.cls_token, encoder.reg_token)
+    prefix: list[Tensor] = [token for token in both if token is not None]
     if not prefix:
         return tokens
     first = torch.cat(prefix, 1)

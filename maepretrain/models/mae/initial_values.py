@@ -41,7 +41,7 @@ def keeps_arguments(constructor: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(constructor)
 
     @wraps(constructor)
-    def keeping(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def keeping(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         constructor(self, *args, **kwargs)

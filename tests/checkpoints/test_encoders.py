@@ -24,7 +24,6 @@ from maepretrain.evaluate.options import data_of_encoder, evaluation_parser
 from maepretrain.models.mae.model import MaskedAutoencoder
 from maepretrain.models.mae.positions import sincos_positions
 from maepretrain.models.timm_encoder import TimmViT
-from maepretrain.models.vit import sincos_positions
 from maepretrain.parsing.errors import UserError
 from maepretrain.parsing.parser import make_parser, parse
 

@@ -2,7 +2,7 @@
 
 Whatever divides a run's memory (DeepSpeed ZeRO, FSDP2) gives each process runs of consecutive
 numbers of flattened tensors. A sharded checkpoint is a folder in which each process writes its
-runs, with the place where each begins; whoever resumes reads the runs that it needs. So a training
+runs, with the place where each begins; a resume reads the runs that it needs. So a training
 that was saved by any strategy on any number of processes goes on under any other, without
 conversion, and nothing is unpickled. A plain checkpoint (a Lightning file) is read the same way: a
 tensor that was never cut is one run.

@@ -107,26 +107,44 @@ def decode(
     bits = lengths[order].astype(np.int64)
     first = (codes << (LONGEST - bits)).astype(np.uint64)  # as the upper end of LONGEST bits
     padded = np.frombuffer(stream + bytes(8), np.uint8)
-    ends, position, found = len(stream) * 8, 0, []
-    while count and position < ends:
+    end = len(stream) * 8
+    position = 0
+    decoded: list[np.ndarray] = []
+    while count and position < end:
         begin = position - position % 8
-        which = np.searchsorted(first, _windows(padded, begin, min(piece, ends - begin)), "right")
-        which -= 1
-        step, place, chosen = bits[which].tolist(), position - begin, []
-        while place < len(step) and len(chosen) < count:
-            chosen.append(place)
-            place += step[place]
-        found.append(order[which[chosen]])
-        count -= len(chosen)
-        position = begin + place
+        windows = _windows(padded, begin, min(piece, end - begin))
+        which = np.searchsorted(first, windows, "right") - 1
+        starts, following = _follow(bits[which].tolist(), position - begin, count)
+        decoded.append(order[which[starts]])
+        count -= len(starts)
+        position = begin + following
     if count or (position + 7) // 8 != len(stream):
         raise ValueError(f"{len(stream)} bytes are no stream of so many symbols")
-    return np.concatenate(found) if found else np.zeros(0, np.int64)
+    return np.concatenate(decoded) if decoded else np.zeros(0, np.int64)
+
+
+def _follow(steps: list[int], place: int, most: int) -> tuple[list[int], int]:
+    """Go from code to code.
+
+    Args:
+        steps: bits of the code that would begin at each bit.
+        place: where the first code begins.
+        most: codes.
+
+    Returns:
+        Where codes begin, and where the one after them would.
+    """
+    starts: list[int] = []
+    while place < len(steps) and len(starts) < most:
+        starts.append(place)
+        place += steps[place]
+    return starts, place
 
 
 def _windows(padded: np.ndarray, begin: int, size: int) -> np.ndarray:
     """The LONGEST bits from each of `size` bits on, as numbers; `begin` is a byte's first bit."""
-    start, n = begin // 8, -(-size // 8)
+    start = begin // 8
+    n = -(-size // 8)
     words = np.zeros(n, np.uint64)
     for byte in range(8):
         words = words << np.uint64(8) | padded[start + byte : start + byte + n]

@@ -1,6 +1,6 @@
 """The configuration in a run folder, read back: from config.yaml to the model of the run.
 
-The parser of `pretrain` uses `add_model` too, so that a run and whoever reads it agree. Runs that
+The parser of `pretrain` uses `add_model` too, so that a run and its readers agree. Runs that
 were made before modules moved name the classes by their old paths.
 """
 
@@ -65,7 +65,7 @@ LINKS = (
 
 
 def add_model(parser: ArgumentParser, models: tuple[type[nn.Module], ...] = MODELS) -> None:
-    """The option `model`, a class and its arguments; what the images are is said once, under data.
+    """The option `model`, a class and its arguments; the images are described once, under data.
 
     Args:
         parser: has `seed`, `data.image_size` and `data.channels`.

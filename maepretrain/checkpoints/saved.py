@@ -78,7 +78,7 @@ class Saved:
             self.shapes[name] = tuple(tensor.shape)
             self._add_whole(WEIGHT, name, tensor)
         states = self._optimizer_states()
-        # A parameter that is one number itself does not tell which of its state is one anyway.
+        # A parameter that is one number itself does not show which kinds are single.
         single = {kind for kind, name, value in states if value.ndim == 0 and self.shapes[name]}
         for kind, name, value in states:
             if kind in single:
@@ -161,7 +161,8 @@ class Saved:
             ValueError: the first difference.
         """
         for name in sorted(own.keys() | self.shapes.keys()):
-            theirs, ours = self.shapes.get(name), own.get(name)
+            theirs = self.shapes.get(name)
+            ours = own.get(name)
             if theirs != ours:
                 raise ValueError(
                     f"the model differs from the one in {self.path}: {name} has shape "

@@ -92,7 +92,7 @@ class RunFolder:
         if error is not None and not (self.path / "checkpoints").exists():
             self._restore_contents()
         elif error is not None and self._began and not self._ended:
-            # A full disk may be the failure, and must not hide it.
+            # The failure may be a full disk; another error must not replace it.
             with suppress(OSError, ValueError):
                 # Lightning makes a SystemExit of a second Ctrl-C.
                 is_stop = issubclass(error, KeyboardInterrupt | SystemExit)

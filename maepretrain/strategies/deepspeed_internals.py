@@ -47,7 +47,7 @@ def part_of_group(optimizer: Any, parameter: Any) -> Part:
     """The part of a parameter that this process steps under stages 1 and 2.
 
     They cut one flat fp32 copy of a parameter group into equal parts, wherever a parameter may end.
-    The public `safe_get_full_fp32_param` gathers, and tells no place.
+    The public `safe_get_full_fp32_param` gathers, and does not say where the numbers lie.
     """
     mapping = parameter._hp_mapping if parameter.requires_grad else None
     if mapping is None:

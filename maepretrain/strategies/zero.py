@@ -33,7 +33,7 @@ AUTOCAST = {"bf16-mixed": "bfloat16"}
 
 
 class _Precision(DeepSpeedPrecision):
-    """Parameters and inputs stay as they are; DeepSpeed's engine opens torch's autocast."""
+    """Parameters and inputs stay as they are; DeepSpeed opens torch's autocast."""
 
     def convert_input(self, data: Any) -> Any:
         return data
@@ -115,7 +115,7 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
     def _use_autocast(self, dtype: str) -> None:
         """Configure torch's autocast in the place of DeepSpeed's own mixed precision."""
         assert isinstance(self.config, dict)
-        # Lightning turns DeepSpeed's own on where nothing is said of it.
+        # Lightning turns DeepSpeed's own on where this key is missing.
         self.config["bf16"] = {"enabled": False}
         # DeepSpeed's own linear layer rounds a bias apart, and the loss would be another than
         # DDP's (.004 after 8 steps). Without it the backward pass keeps bf16 copies of weights,

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.peers import lightly
 from benchmarks.timing import entry, positive, table
-from maepretrain.apply.export import OWN_KEY
+from maepretrain.checkpoints.weights import OWN_KEY
 from maepretrain.data.module import ShardData
 from maepretrain.data.shards.write import Source, find_source, write_shards
 from maepretrain.evaluate.heads import LinearSweep

@@ -23,7 +23,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from maepretrain.apply.export import timm_arguments, timm_name
+from maepretrain.apply.export_formats import timm_arguments, timm_name
 from maepretrain.checkpoints.hugging_face import hugging_face_config, to_hugging_face
 from maepretrain.checkpoints.official import official_weights
 from maepretrain.models.mae.model import MaskedAutoencoder

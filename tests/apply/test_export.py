@@ -13,7 +13,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from transformers import AutoImageProcessor, ViTMAEForPreTraining, ViTMAEModel
 
-from maepretrain.apply.export import export, loading, timm_arguments
+from maepretrain.apply import export_formats
+from maepretrain.apply.export import export
+from maepretrain.apply.export_formats import official_loading, timm_arguments
 from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.checkpoints.weights import OWN_KEY, read_weights
 from maepretrain.models.mae.model import MaskedAutoencoder
@@ -180,7 +182,7 @@ def test_the_official_file_holds_the_official_names(tmp_path: Path) -> None:
     tokens = vit.eval().forward_features(images())[:, 1:]
     torch.testing.assert_close(tokens, model.encode(images(), "tokens"), rtol=0, atol=1e-6)
     assert weights["decoder_pos_embed"].shape == (1, 17, 16)
-    assert "num_heads=2" in loading(model, "mae") and "mlp_ratio=4.0" in loading(model, "mae")
+    assert "num_heads=2" in official_loading(model) and "mlp_ratio=4.0" in official_loading(model)
 
 
 def test_a_resized_model_is_exported_at_its_new_size(tmp_path: Path) -> None:
@@ -195,7 +197,7 @@ def test_the_card_tells_recipe_data_figures_pictures_and_loads(
     tmp_path: Path, pretrain_tiny: Run, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
-    assert pretrain_tiny(run, "--trainer.max_steps", 2) == 0
+    assert pretrain_tiny(run, "--trainer.max_steps", 2, "--pictures", 8) == 0
     rows = {"pretrained": {"top1": 0.875, "top1_std": 0.0125, "n": 360, "recipe": "lr 0.1"}}
     write_results(run, "probe", {"rows": rows})
     command = ["export", "--encoder", run, "--format", "hf", "--out", out]
@@ -232,7 +234,7 @@ def test_the_card_tells_recipe_data_figures_pictures_and_loads(
 def test_the_lines_of_the_card_run(format: Any, tmp_path: Path) -> None:
     model = tiny()
     export(saved(model, tmp_path), format, tmp_path / "out")
-    lines = loading(model, format).replace("FOLDER", str(tmp_path / "out"))
+    lines = export_formats.FORMATS[format].loading(model).replace("FOLDER", str(tmp_path / "out"))
     names: dict[str, Any] = {"images": images()}
     exec(lines, names)
     torch.testing.assert_close(names["features"], model.encode(images()), rtol=0, atol=1e-5)

@@ -70,7 +70,7 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
         keep_whole: int = 10_000,
     ) -> None:
         self.on_cuda = torch.cuda.is_available()
-        _import_deepspeed(on_cuda=self.on_cuda)
+        import_deepspeed(on_cuda=self.on_cuda)
         zero: dict[str, Any] = {
             "stage": stage,
             "overlap_comm": self.on_cuda,
@@ -231,7 +231,7 @@ class ZeRO(ShardedStrategy, DeepSpeedStrategy):
         return zero.GatheredParameters(external_parameters(self.trained_module()))
 
 
-def _import_deepspeed(*, on_cuda: bool) -> None:
+def import_deepspeed(*, on_cuda: bool) -> None:
     """Import DeepSpeed for this device; on CPU nothing is compiled.
 
     Raises:

@@ -73,7 +73,7 @@ COMMON: dict[str, Any] = {
 }
 TASKS = {
     "fashion_mnist": Task(
-        "mae/fashion_mnist_quick",
+        "data/fashion_mnist+recipe/mae_small+overlay/quick",
         HERE / "recipes/official_fashion_mnist.yaml",
         COMMON | FASHION,
         0.286,
@@ -82,7 +82,7 @@ TASKS = {
         (0.78, 0.80, 0.82, 0.84, 0.86),
     ),
     "digits": Task(
-        "mae/digits",
+        "data/digits+recipe/mae_digits",
         HERE / "recipes/official_digits.yaml",
         COMMON | DIGITS,
         0.305,

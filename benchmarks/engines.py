@@ -84,8 +84,20 @@ def _bytes(tensors: list[Any]) -> float:
 def run(folder: Path, strategy: str, processes: int, argv: list[str]) -> list[dict[str, Any]]:
     """Notes of one run, in the order of time."""
     notes = folder / f"notes-{time.time()}"
-    command = [sys.executable, __file__, "child", "pretrain", "-c", "mae/vit_base"]
-    command += ["-c", f"strategy/{strategy}"] if processes > 1 else []
+    command = [
+        sys.executable,
+        __file__,
+        "child",
+        "pretrain",
+        "-c",
+        "data/imagenet",
+        "-c",
+        "recipe/mae_vit",
+    ]
+    if processes > 1 and strategy == "ddp":
+        command += ["--trainer.strategy", "ddp"]
+    elif processes > 1:
+        command += ["-c", f"overlay/{strategy}"]
     command += ["--trainer.accelerator", "cpu", "--trainer.devices", str(processes), *argv]
     command += ["--trainer.precision", "32-true", "--data.num_workers", "0"]
     command += ["--data.train", f"{folder}/shards/train-*.tar"]

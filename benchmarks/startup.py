@@ -23,7 +23,17 @@ IMPORTS = "import torch, torchvision, lightning.pytorch, timm, jsonargparse"
 def commands(folder: Path) -> dict[str, tuple[list[str], int]]:
     """What is timed, and the exit code that it must end with."""
     python = [sys.executable]
-    words = [*python, "-m", "maepretrain", "pretrain", "-c", "mae/digits", "--overwrite"]
+    words = [
+        *python,
+        "-m",
+        "maepretrain",
+        "pretrain",
+        "-c",
+        "data/digits",
+        "-c",
+        "recipe/mae_digits",
+        "--overwrite",
+    ]
     words += ["--data.train", f"{folder}/train-*.tar", "--data.val", f"{folder}/test-*.tar"]
     words += ["--run", str(folder / "run"), "--trainer.max_steps", "1"]
     return {
@@ -32,7 +42,15 @@ def commands(folder: Path) -> dict[str, tuple[list[str], int]]:
         "a mistake in the configuration is told": ([*words, "--model.mask_ratio", "2"], 2),
         "a run of one step, from its command to its end": (words, 0),
         "the same, two processes": (
-            [*words, "-c", "strategy/ddp", "--trainer.devices", "2", "--trainer.max_steps", "1"],
+            [
+                *words,
+                "--trainer.strategy",
+                "ddp",
+                "--trainer.devices",
+                "2",
+                "--trainer.max_steps",
+                "1",
+            ],
             0,
         ),
     }

@@ -4,8 +4,9 @@
 
 Photographs of scikit-image and scikit-learn, which come with their packages: four in colour and
 four in gray to train on, three to measure on; no photograph is in both. Three models of
-ae/compression for three rates, and one of ae/compression_residual, which has all rates. All sizes
-are those of whole files, headers too. Draws compression.png and writes the table compression.md.
+recipe/compression for three rates, and one of recipe/compression_residual, which has all rates.
+All sizes are those of whole files, headers too. Draws compression.png and writes the table
+compression.md.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 from maepretrain.compression.autoencoder import Compression
 from maepretrain.compression.codec import Codec, psnr
 from maepretrain.data.shards.write import ImageFolder, write_shards
+from maepretrain.parsing.configs import config_words
 from maepretrain.workflows.pretrain import pretrain_command
 
 TRAIN = ("astronaut", "rocket", "china", "flower")
@@ -85,7 +87,7 @@ def train(out: Path, config: str, run: Path, epochs: int | None, *more: str) -> 
         return
     shards = out / "shards"
     data = ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
-    command = ["-c", config, "--run", str(run), *data, *more]
+    command = [*config_words(config), "--run", str(run), *data, *more]
     if epochs is not None:
         command += ["--trainer.max_epochs", str(epochs), "--trainer.check_val_every_n_epoch", "1"]
     if pretrain_command(command):
@@ -224,8 +226,15 @@ def main(argv: list[str] | None = None) -> int:
     write(out, {"train": TRAIN + TRAIN_GRAY, "test": HELD_OUT})
     runs = {weight: out / f"weight-{weight}" for weight in WEIGHTS}
     for weight, run in runs.items():
-        train(out, "ae/compression", run, options.epochs, "--model.weight", str(weight))
-    train(out, "ae/compression_residual", out / "residual", options.epochs)
+        train(
+            out,
+            "data/photographs+recipe/compression",
+            run,
+            options.epochs,
+            "--model.weight",
+            str(weight),
+        )
+    train(out, "data/photographs+recipe/compression_residual", out / "residual", options.epochs)
     report([photograph(name) for name in HELD_OUT], list(runs.values()), out / "residual", docs)
     return 0
 

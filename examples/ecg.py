@@ -33,7 +33,7 @@ RATE = 360
 LENGTH = 512
 KEPT = 32
 HELD_OUT = 60 * RATE
-# Of the first four minutes, as configs/ae/ecg.yaml has them.
+# Of the first four minutes, as configs/data/ecg.yaml has them.
 MEAN = -0.181
 STD = 0.628
 # Windows in the picture.
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     shards, run = options.out / "shards", options.out / "run"
     train, windows = split(read_ecg(options.file))
     write(train, windows, options.out)
-    command = ["-c", "ae/ecg", "--run", str(run), "--overwrite"]
+    command = ["-c", "data/ecg", "-c", "recipe/ecg", "--run", str(run), "--overwrite"]
     command += ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
     code = pretrain_command([*command, "--trainer.max_epochs", str(options.epochs)])
     if code:

@@ -32,6 +32,9 @@ from maepretrain.data.shards.write import ImageFolder, write_shards
 from maepretrain.workflows.pretrain import pretrain_command
 
 MODELS = {"mask tokens in the encoder": "masked_bytes", "in the decoder": "mae_bytes"}
+# Options of recipe/masked_bytes by which it becomes a masked autoencoder.
+IN_DECODER = ["--model.depth", "2", "--model.decoder_depth", "1"]
+IN_DECODER += ["--model.mask_tokens_in_encoder", "false"]
 LENGTH = 64
 # Held-out lines that are printed.
 SHOWN = 4
@@ -200,7 +203,9 @@ def main(argv: list[str] | None = None) -> int:
     shards = options.out / "shards"
     write(options.library, options.out)
     for config in MODELS.values():
-        command = ["-c", f"text/{config}", "--run", str(options.out / config), "--overwrite"]
+        command = ["-c", "data/text", "-c", "recipe/masked_bytes"]
+        command += IN_DECODER if config == "mae_bytes" else []
+        command += ["--run", str(options.out / config), "--overwrite"]
         command += ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
         if options.epochs:
             command += ["--trainer.max_epochs", str(options.epochs)]

@@ -13,6 +13,7 @@ import torch
 from support.runs import call_cli, pretrain_tiny_model
 
 from maepretrain.data.shards.write import Arrays, write_shards
+from maepretrain.parsing.configs import config_words
 from maepretrain.workflows.quickstart import digits
 
 torch.set_num_threads(1)
@@ -42,7 +43,7 @@ def run_cli() -> Callable[..., int]:
 
 @pytest.fixture
 def pretrain_tiny(shards: Path) -> Callable[..., int]:
-    """`maepretrain pretrain -c mae/digits` with a tiny model on the small shards; 6 steps an
+    """`maepretrain pretrain` of recipe/mae_digits with a tiny model on the small shards; 6 steps an
     epoch."""
     return lambda run, *more: pretrain_tiny_model(shards, run, *more)
 
@@ -64,7 +65,7 @@ def applied(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     def make(name: str, *more: object) -> Path:
         if (name, more) not in made:
             run = made[name, more] = folder / f"{len(made)}-{Path(name).name}"
-            command = ["pretrain", "-c", name, "--run", run, "--pictures", 0]
+            command = ["pretrain", *config_words(name), "--run", run, "--pictures", 0]
             command += ["--data.train", f"{shards}/train-*.tar"]
             command += ["--data.val", f"{shards}/test-*.tar"]
             command += ["--data.image_size", 8, "--data.global_batch", 30, "--data.flip", 0]

@@ -32,13 +32,13 @@ def test_configs_travel_inside_the_wheel(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(inside)!r})\n"
         "import maepretrain, maepretrain.parsing.configs as arguments\n"
-        "print(maepretrain.__file__, arguments.find_config('mae/digits'))"
+        "print(maepretrain.__file__, arguments.find_config('recipe/mae_digits'))"
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60
     )
     package, config = done.stdout.split()
     assert Path(package).is_relative_to(inside)
-    assert Path(config) == inside / "maepretrain" / "configs" / "mae" / "digits.yaml"
+    assert Path(config) == inside / "maepretrain" / "configs" / "recipe" / "mae_digits.yaml"
     assert (inside / "maepretrain" / "report" / "page.html").is_file()
-    assert Path(config).read_bytes() == (ROOT / "configs/mae/digits.yaml").read_bytes()
+    assert Path(config).read_bytes() == (ROOT / "configs/recipe/mae_digits.yaml").read_bytes()

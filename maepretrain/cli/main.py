@@ -122,11 +122,16 @@ def check_torch_pair() -> None:
 
 
 def configs_command(argv: list[str]) -> int:
-    """The verb `configs`: the shipped configurations and their first lines."""
+    """The verb `configs`: the shipped configurations by folder, each with its first line."""
     del argv
+    last_folder = ""
     for name in shipped_configs():
+        folder, _, short = name.rpartition("/")
+        if folder != last_folder:
+            print(f"{folder}/")
+        last_folder = folder
         first = (configs_folder() / f"{name}.yaml").read_text().splitlines()[0]
-        print(f"{name:<32} {first.removeprefix('# ')}")
+        print(f"  {short:<24} {first.removeprefix('# ')}")
     return 0
 
 

@@ -103,7 +103,7 @@ class Codec:
         if not isinstance(model, SymbolModel):
             raise ValueError(
                 f"{spec} is a run of {type(model).__name__}, which writes no files: "
-                "take one of ae/compression or ae/compression_residual"
+                "take one of recipe/compression or recipe/compression_residual"
             )
         assert run is not None, "only a run holds such a model"
         data = yaml.safe_load((run / "config.yaml").read_text())["data"]
@@ -266,7 +266,7 @@ def encode(encoder: str, image: Path, out: Path, iterations: int | None = None) 
     """Write an image into a small file, and print its size and quality.
 
     Args:
-        encoder: the run folder of ae/compression or ae/compression_residual.
+        encoder: the run folder of recipe/compression or recipe/compression_residual.
         image: a JPEG, PNG, WebP or anything else that PIL reads.
         out: file to write; it replaces an older one, but not the image.
         iterations: of a residual coder; fewer make a smaller file. Default all.

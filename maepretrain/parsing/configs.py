@@ -1,9 +1,11 @@
 """Configurations by name: the shipped ones, and files of the user."""
 
+import shlex
 from difflib import get_close_matches
 from pathlib import Path
 
 from maepretrain.parsing.errors import UserError
+from maepretrain.parsing.moved_configs import MOVED_CONFIGS
 
 
 def configs_folder() -> Path:
@@ -14,18 +16,21 @@ def configs_folder() -> Path:
 
 
 def find_config(name: str) -> Path:
-    """A file as given, or a shipped configuration by name (`mae/digits`).
+    """A file as given, or a shipped configuration by name (`recipe/denoising`).
 
     Raises:
-        UserError: neither exists.
+        UserError: neither exists; of a name of version 0.1, what says the same now.
     """
     file = Path(name)
     if file.is_file():
         return file
-    shipped = configs_folder() / f"{name.removesuffix('.yaml')}.yaml"
+    short = name.removesuffix(".yaml")
+    shipped = configs_folder() / f"{short}.yaml"
     if shipped.is_file() and not file.is_absolute() and ".." not in file.parts:
         return shipped
-    near = get_close_matches(name.removesuffix(".yaml"), shipped_configs(), n=1)
+    if short in MOVED_CONFIGS:
+        raise UserError(f"config {short} is now {shlex.join(config_words(MOVED_CONFIGS[short]))}")
+    near = get_close_matches(short, shipped_configs(), n=1)
     hint = f": did you mean {near[0]}?" if near else "; see `maepretrain configs`"
     raise UserError(f"no config file {name} and no shipped config of that name{hint}")
 
@@ -34,3 +39,18 @@ def shipped_configs() -> list[str]:
     """Names of the shipped configurations."""
     folder = configs_folder()
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def config_words(joined: str) -> list[str]:
+    """The words of a command line for configs and options joined by `+`.
+
+    `data/fashion_mnist+recipe/sparse+model.penalty=kl` becomes `-c data/fashion_mnist -c
+    recipe/sparse --model.penalty kl`. A file of that whole name is one config.
+    """
+    if Path(joined).is_file():
+        return ["-c", joined]
+    words = []
+    for part in joined.split("+"):
+        option, equals, value = part.partition("=")
+        words += [f"--{option}", value] if equals else ["-c", part]
+    return words

@@ -158,5 +158,5 @@ def require_shardable(module: nn.Module, strategy: str) -> None:
     if not declared(model, "shardable"):
         raise ValueError(
             f"{type(model).__name__} does not run under {strategy}, which divides models among "
-            "processes: take -c strategy/ddp"
+            "processes: take --trainer.strategy ddp"
         )

@@ -9,6 +9,7 @@ import json
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from maepretrain.evaluate.finetune import finetune, finetune_parser
 from maepretrain.evaluate.options import OF_TRAINING
 from maepretrain.evaluate.probe import probe, probe_parser
 from maepretrain.files import replacing
-from maepretrain.parsing.configs import find_config
+from maepretrain.parsing.configs import config_words, find_config
 from maepretrain.parsing.errors import UserError
 from maepretrain.parsing.parser import allow_bare_flags, make_parser
 from maepretrain.plots import reconstruction_grid
@@ -88,7 +89,8 @@ def compare(
     tenth of it.
 
     Args:
-        configs: of `pretrain`, files or names of shipped ones.
+        configs: of `pretrain`, files or names of shipped ones. Several that make one run, and
+            options of it, are joined by `+`: data/digits+recipe/mae_digits+seed=1.
         out: folder of the runs, OUT/NAME/seed-N, of results.json and of the picture.
         cpu_seconds: budget of each pretraining.
         steps: of each pretraining, in the place of the budget.
@@ -106,9 +108,9 @@ def compare(
         ValueError: a budget that is too small for one step, or another than that of the runs which
             the folder holds.
     """
-    paths = {path.stem: path for path in (find_config(config) for config in configs)}
-    if len(paths) < len(configs):
-        raise UserError("two configs of the same file name: their runs would share a folder")
+    named = {name_of(config): words_of(config) for config in configs}
+    if len(named) < len(configs):
+        raise UserError("two configs of the same name: their runs would share a folder")
     if seeds < 1 or cpu_seconds <= 0 or (steps is not None and steps < 1):
         raise ValueError(
             f"seeds {seeds} and steps {steps} must be at least 1, cpu_seconds {cpu_seconds} above 0"
@@ -116,11 +118,11 @@ def compare(
     budget = Budget(cpu_seconds, steps)
     rows: dict[str, dict[str, Any]] = {}
     drawn: dict[str, Path] = {}
-    for name, path in paths.items():
+    for name, words in named.items():
         figures = []
         for one in range(seed, seed + seeds):
             run = out / name / f"seed-{one}"
-            asked = ["-c", str(path), *(options or []), "--seed", str(one)]
+            asked = [*words, *(options or []), "--seed", str(one)]
             say(f"== {name}, seed {one}: {run}")
             figures.append(_one(run, asked, budget, finetuning or [], probe_options or []))
             drawn.setdefault(name, run)
@@ -130,6 +132,27 @@ def compare(
     print_comparison(rows, budget)
     print(f"results in {out / 'results.json'}, pictures in {out / 'reconstructions.png'}")
     return rows
+
+
+def words_of(config: str) -> list[str]:
+    """Configs and options joined by `+` as words of the command line.
+
+    Raises:
+        UserError: a config that does not exist.
+    """
+    words = config_words(config)
+    for option, value in pairwise(words):
+        if option == "-c":
+            find_config(value)
+    return words
+
+
+def name_of(config: str) -> str:
+    """The folder of a config's runs: its parts without the data set and without folders."""
+    if Path(config).is_file():
+        return Path(config).stem
+    parts = [part for part in config.split("+") if not part.startswith("data/")]
+    return "+".join(part.replace("/", "_") if "=" in part else Path(part).stem for part in parts)
 
 
 def _one(

@@ -37,14 +37,23 @@ def quickstart(dst: Path = Path("quickstart"), epochs: int | None = None) -> int
 
     Args:
         dst: folder for shards and run; a run that is there already is overwritten.
-        epochs: length of the pretraining; default as the config mae/digits says.
+        epochs: length of the pretraining; default as the config recipe/mae_digits says.
     """
     began = time.perf_counter()
     shards, run = dst / "shards", dst / "run"
     train, test = digits()
     write_shards(train, shards, "train", samples_per_shard=500)
     write_shards(test, shards, "test", samples_per_shard=500)
-    command = ["pretrain", "-c", "mae/digits", "--run", str(run), "--overwrite"]
+    command = [
+        "pretrain",
+        "-c",
+        "data/digits",
+        "-c",
+        "recipe/mae_digits",
+        "--run",
+        str(run),
+        "--overwrite",
+    ]
     command += ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
     command += ["--trainer.max_epochs", str(epochs)] if epochs else []
     print("\nmaepretrain " + shlex.join(command))

@@ -35,7 +35,14 @@ def pixels(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
 
 
-@pytest.mark.parametrize("name", ["ae/denoising", "ae/variational", "ae/stacked_denoising"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data/fashion_mnist+recipe/denoising",
+        "data/fashion_mnist+recipe/variational",
+        "data/fashion_mnist+recipe/stacked+model.layer=Denoising+model.layer.corruption=masking+model.layer.amount=0.25+model.likelihood=bernoulli+model.code_likelihood=bernoulli+data.mean=[0.0]+data.std=[1.0]",
+    ],
+)
 def test_a_folder_of_clean_images(
     name: str,
     noisy: Path,
@@ -54,7 +61,9 @@ def test_a_folder_of_clean_images(
         expected = (model.reconstruct(seen).reconstruction * 255).clamp(0, 255).round()
     assert sorted(path.name for path in out.iterdir()) == [f"{i}.png" for i in range(4)]
     assert np.abs(pixels(out).astype(int) - expected[:, 0].int().numpy()).max() <= 1
-    assert ("is no denoiser" in capsys.readouterr().out) == (name != "ae/denoising")
+    assert ("is no denoiser" in capsys.readouterr().out) == (
+        name != "data/fashion_mnist+recipe/denoising"
+    )
     assert run_cli("denoise", "--encoder", run, "--out", out, "--images", noisy) == 2
     assert "0.png is there already: name another folder" in capsys.readouterr().err
 
@@ -63,7 +72,7 @@ def test_a_folder_of_clean_images(
 def test_known_corruption_and_how_much_of_it_is_undone(
     kind: Any, amount: float, applied: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run, out = applied("ae/denoising"), tmp_path / "out.png"
+    run, out = applied("data/fashion_mnist+recipe/denoising"), tmp_path / "out.png"
     for i in range(3):
         Image.fromarray(digits()[1].images[i]).save(tmp_path / f"{i}.png")
     words = ["--encoder", str(run), "--out", str(out), "--corrupt", kind, "--amount", str(amount)]
@@ -83,7 +92,9 @@ def test_salt_is_white_whatever_the_normalisation(
     applied: Callable[..., Path], tmp_path: Path
 ) -> None:
     """All of a black image turned into salt or pepper: half of it white, PSNR of 3 dB."""
-    run = applied("ae/undercomplete", "--data.mean", "[0.3]", "--data.std", "[0.4]")
+    run = applied(
+        "data/fashion_mnist+recipe/autoencoder", "--data.mean", "[0.3]", "--data.std", "[0.4]"
+    )
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     words = ["--encoder", str(run), "--out", str(tmp_path / "o.png"), "--amount", "1"]
     words += ["--corrupt", "salt_and_pepper", "--images", str(tmp_path / "a.png")]
@@ -99,8 +110,8 @@ def test_what_cannot_be_done_is_one_line(
     run_cli: Run,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = applied("mae/digits", "--model.patch_size", 2)
-    denoising = applied("ae/denoising")
+    run = applied("data/digits+recipe/mae_digits", "--model.patch_size", 2)
+    denoising = applied("data/fashion_mnist+recipe/denoising")
     twin = tmp_path / "twin"
     twin.mkdir()
     Image.new("L", (8, 8)).save(twin / "0.png")

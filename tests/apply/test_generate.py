@@ -62,7 +62,11 @@ def test_the_picture_holds_the_models_samples(
 
 
 def test_classes_are_the_columns(applied: Callable[..., Path]) -> None:
-    model = loaded(applied("ae/adversarial_conditional"))
+    model = loaded(
+        applied(
+            "data/fashion_mnist+recipe/adversarial+model.classes=10+model.coder.widths=[512,256,18]"
+        )
+    )
     drawn = model.sample(12, seed=1)
     code = model.draw(torch.arange(12), 1)
     one_hot = torch.eye(10)[torch.arange(12) % 10]
@@ -72,7 +76,7 @@ def test_classes_are_the_columns(applied: Callable[..., Path]) -> None:
 
 def test_helmholtz_samples_are_of_its_distribution(applied: Callable[..., Path]) -> None:
     """The mean of many samples is the mean of many dreams, whose pixels are drawn."""
-    model = loaded(applied("ae/helmholtz"))
+    model = loaded(applied("data/fashion_mnist+recipe/helmholtz"))
     samples = model.sample(4000, seed=1).flatten(1).detach()
     dreams = model.dream(torch.arange(4000))[0]
     assert set(dreams.unique().tolist()) == {0.0, 1.0}
@@ -111,7 +115,7 @@ def test_a_way_goes_between_reconstructions(
 def test_a_traversal_goes_as_far_as_held_out_codes_do(
     applied: Callable[..., Path], tmp_path: Path, files: list[Path], shards: Path
 ) -> None:
-    run, out = applied("ae/variational"), tmp_path / "out.png"
+    run, out = applied("data/fashion_mnist+recipe/variational"), tmp_path / "out.png"
     words = ["--encoder", run, "--out", out, "--images", files[0], "--span", 2, "--steps", 3]
     drawn = call(traverse, *words, "--dimensions", 7, 3)
     held_out = torch.from_numpy(digits()[1].images[:50])[:, None] / 255
@@ -138,9 +142,16 @@ def test_what_cannot_be_done_is_one_line(
     run_cli: Run,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    names = ("mae/digits", "ae/denoising", "ae/adversarial_conditional", "ae/variational")
+    names = (
+        "data/digits+recipe/mae_digits",
+        "data/fashion_mnist+recipe/denoising",
+        "data/fashion_mnist+recipe/adversarial+model.classes=10+model.coder.widths=[512,256,18]",
+        "data/fashion_mnist+recipe/variational",
+    )
     mae, denoising, conditional, variational = (
-        applied(name, *(("--model.patch_size", 2) if name == "mae/digits" else ()))
+        applied(
+            name, *(("--model.patch_size", 2) if name == "data/digits+recipe/mae_digits" else ())
+        )
         for name in names
     )
     out = tmp_path / "out.png"

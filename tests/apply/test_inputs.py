@@ -80,7 +80,7 @@ def test_a_run_without_its_shards_takes_files(
     applied: Callable[..., Path], tmp_path: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "moved"
-    shutil.copytree(applied("ae/variational"), run)
+    shutil.copytree(applied("data/fashion_mnist+recipe/variational"), run)
     config = (run / "config.yaml").read_text()
     there = config.partition("train: ")[2].partition("/train-")[0]
     (run / "config.yaml").write_text(config.replace(there, "/nowhere"))
@@ -108,7 +108,7 @@ def test_mistakes_are_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = applied("ae/variational")
+    run = applied("data/fashion_mnist+recipe/variational")
     monkeypatch.chdir(tmp_path)
     Path("damaged.png").write_bytes(b"\x89PNG and no more")
     Path("empty").mkdir()

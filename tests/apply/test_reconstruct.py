@@ -46,7 +46,7 @@ def test_psnr_is_scikit_images() -> None:
 def test_figures_and_picture_of_given_images(
     applied: Callable[..., Path], tmp_path: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, out = applied("ae/variational"), tmp_path / "pictures/out.png"
+    run, out = applied("data/fashion_mnist+recipe/variational"), tmp_path / "pictures/out.png"
     assert (
         run_cli(
             "reconstruct", "--encoder", run, "--out", out, "--images", *saved(tmp_path, range(5))
@@ -66,7 +66,7 @@ def test_figures_and_picture_of_given_images(
 def test_mask_ratio_and_seed_of_a_masked_autoencoder(
     applied: Callable[..., Path], tmp_path: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = applied("mae/digits", *MAE)
+    run = applied("data/digits+recipe/mae_digits", *MAE)
     command = ["reconstruct", "--encoder", run, "--out", tmp_path / "out.png", "--seed", 5]
     command += ["--mask_ratio", 0.5, "--images", *saved(tmp_path, range(4))]
     assert run_cli(*command) == 0
@@ -87,7 +87,7 @@ def test_a_fine_tuned_run_names_the_pretraining_run(
     applied: Callable[..., Path], tmp_path: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "tuned"
-    shutil.copytree(applied("ae/variational"), run)
+    shutil.copytree(applied("data/fashion_mnist+recipe/variational"), run)
     before, _, after = (run / "config.yaml").read_text().partition("model:")
     rest = "data:" + after.partition("\ndata:")[2]
     (run / "config.yaml").write_text(f"{before}\nencoder: runs/first\n{rest}")
@@ -116,7 +116,7 @@ def test_mistakes_are_one_line(
     shards: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = applied("ae/variational")
+    run = applied("data/fashion_mnist+recipe/variational")
     capsys.readouterr()
     assert run_cli("reconstruct", "--encoder", run, *options) == 2
     error = capsys.readouterr().err
@@ -126,7 +126,7 @@ def test_mistakes_are_one_line(
 def test_a_mask_that_hides_everything_is_refused(
     applied: Callable[..., Path], tmp_path: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = applied("mae/digits", *MAE)
+    run = applied("data/digits+recipe/mae_digits", *MAE)
     command = ["reconstruct", "--encoder", run, "--out", tmp_path / "out.png", "--mask_ratio", 1]
     assert run_cli(*command) == 2
     assert "leaves 0 of 16 patches visible" in capsys.readouterr().err

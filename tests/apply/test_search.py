@@ -37,7 +37,7 @@ def indexed(
 def test_cosine_neighbours_are_scikit_learns(
     half: bool, indexed: Callable[..., tuple[Path, Path]]
 ) -> None:
-    _, index = indexed("ae/variational", "--half", half)
+    _, index = indexed("data/fashion_mnist+recipe/variational", "--half", half)
     file = np.load(index)
     asked = [11, 0, 49]
     found = search(index, [str(file["keys"][i]) for i in asked], k=6)
@@ -57,7 +57,7 @@ def test_cosine_neighbours_are_scikit_learns(
 def test_hamming_neighbours_are_those_of_brute_force(
     indexed: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, index = indexed("ae/semantic_hashing")
+    run, index = indexed("data/fashion_mnist+recipe/semantic_hashing")
     file = np.load(index)
     found = search(index, [str(key) for key in file["keys"][[5, 30]]], k=20)
     images = torch.from_numpy(digits()[1].images[[int(k) for k in file["keys"]]])[:, None] / 255
@@ -81,7 +81,7 @@ def test_a_file_finds_what_the_same_image_by_key_does(
     run_cli: Run,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _, index = indexed("ae/variational")
+    _, index = indexed("data/fashion_mnist+recipe/variational")
     key = str(np.load(index)["keys"][7])
     Image.fromarray(digits()[1].images[int(key)]).save(tmp_path / "query.png")
     both = search(index, [str(tmp_path / "query.png"), key], k=4)
@@ -100,7 +100,7 @@ def test_a_file_finds_what_the_same_image_by_key_does(
 def test_images_of_the_index_are_read_from_its_shards(
     indexed: Callable[..., tuple[Path, Path]],
 ) -> None:
-    _, index = indexed("ae/variational")
+    _, index = indexed("data/fashion_mnist+recipe/variational")
     bank = read_index(index)
     images = read_rows([49, 3, 44], bank, data_of(bank))
     truth = digits()[1].images[[int(bank.keys[i]) for i in (49, 3, 44)]]
@@ -115,9 +115,9 @@ def test_a_parquet_finds_what_the_npz_does(
     run_cli: Run,
 ) -> None:
     pytest.importorskip("pyarrow", reason="the extra `parquet` has it")
-    _, index = indexed("ae/variational", *more)
+    _, index = indexed("data/fashion_mnist+recipe/variational", *more)
     table = index.with_suffix(".parquet")
-    words = ["embed", "--encoder", applied("ae/variational"), "--out", table]
+    words = ["embed", "--encoder", applied("data/fashion_mnist+recipe/variational"), "--out", table]
     assert run_cli(*words, *more) == 0
     key = str(np.load(index)["keys"][7])
     one, other = search(index, [key]), search(table, [key])
@@ -132,14 +132,14 @@ def test_the_same_encoder_elsewhere_and_another_one(
     run_cli: Run,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run, index = indexed("ae/variational")
+    run, index = indexed("data/fashion_mnist+recipe/variational")
     shutil.copytree(run, tmp_path / "moved")
     command = ["search", "--index", index, "--query", np.load(index)["keys"][0]]
     assert run_cli(*command, "--encoder", tmp_path / "moved") == 0
-    longer = applied("ae/variational", "--optim.base_lr", "3e-2")
+    longer = applied("data/fashion_mnist+recipe/variational", "--optim.base_lr", "3e-2")
     for other, rule in (
         (longer, "apart; embed again"),
-        (applied("ae/denoising"), "features are 32 numbers, not 128"),
+        (applied("data/fashion_mnist+recipe/denoising"), "features are 32 numbers, not 128"),
     ):
         capsys.readouterr()
         assert run_cli(*command, "--encoder", other) == 2
@@ -154,7 +154,7 @@ def test_mistakes_are_one_line(
     run_cli: Run,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _, index = indexed("ae/variational")
+    _, index = indexed("data/fashion_mnist+recipe/variational")
     key = np.load(index)["keys"][0]
     other = tmp_path / "other.npz"
     other.write_bytes(b"no features")

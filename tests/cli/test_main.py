@@ -20,7 +20,16 @@ from maepretrain.parsing.parser import make_parser
 from maepretrain.workflows.pretrain import pretrain_parser
 
 Run = Callable[..., int]
-BASE = ["-c", "mae/digits", "--run", "nowhere", "--data.train", "nowhere.tar"]
+BASE = [
+    "-c",
+    "data/digits",
+    "-c",
+    "recipe/mae_digits",
+    "--run",
+    "nowhere",
+    "--data.train",
+    "nowhere.tar",
+]
 
 
 def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -152,7 +161,7 @@ def test_mistyped_keys_name_the_nearest(
 
 
 def test_configs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
-    assert find_config("mae/digits").read_text() == find_config("mae/digits.yaml").read_text()
+    assert find_config("data/digits").read_text() == find_config("data/digits.yaml").read_text()
     own = tmp_path / "my.yaml"
     own.write_text("seed: 3\n")
     assert find_config(str(own)) == own
@@ -160,14 +169,28 @@ def test_configs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
         if not Path(wrong).is_file():
             with pytest.raises(UserError, match="no config file"):
                 find_config(wrong)
-    assert {"mae/digits", "mae/fashion_mnist", "mae/vit_base", "mae/fast"} <= set(shipped_configs())
+    assert {
+        "data/digits",
+        "recipe/mae_digits",
+        "eval/finetune_vit",
+        "overlay/fast",
+    } <= set(shipped_configs())
 
 
 def test_print_config_is_yaml_that_resolves(
     run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        run_cli("pretrain", "-c", "mae/digits", "--optim.base_lr", "0.5", "--print_config")
+        run_cli(
+            "pretrain",
+            "-c",
+            "data/digits",
+            "-c",
+            "recipe/mae_digits",
+            "--optim.base_lr",
+            "0.5",
+            "--print_config",
+        )
     assert stop.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["optim"]["base_lr"] == 0.5

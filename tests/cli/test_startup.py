@@ -31,7 +31,17 @@ def server() -> Iterator[FaultServer]:
 
 def test_imports_are_what_torch_and_lightning_cost() -> None:
     # To the first look at the data, which is not there: all that a pretraining imports.
-    words = ["pretrain", "-c", "mae/digits", "--run", "never", "--data.train", "none-*.tar"]
+    words = [
+        "pretrain",
+        "-c",
+        "data/digits",
+        "-c",
+        "recipe/mae_digits",
+        "--run",
+        "never",
+        "--data.train",
+        "none-*.tar",
+    ]
     command = [sys.executable, "-c", IMPORTS, *words, "--data.val", "none-*.tar"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "no shard matches" in done.stderr
@@ -68,7 +78,18 @@ def test_a_wrong_configuration_is_refused_before_anything_is_read(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shards = ["--data.train", server.url("/a.tar"), "--data.val", server.url("/b.tar")]
-    words = ["pretrain", "-c", "mae/digits", "-c", "strategy/ddp", "--run", "never", *shards]
+    words = [
+        "pretrain",
+        "-c",
+        "data/digits",
+        "-c",
+        "recipe/mae_digits",
+        "--trainer.strategy",
+        "ddp",
+        "--run",
+        "never",
+        *shards,
+    ]
     assert run_cli(*words, *mistake.split()) == 2
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1
@@ -79,5 +100,10 @@ def test_without_a_mistake_the_shards_are_asked_for(
     server: FaultServer, run_cli: Callable[..., int]
 ) -> None:
     shards = ["--data.train", server.url("/a.tar"), "--data.val", server.url("/b.tar")]
-    assert run_cli("pretrain", "-c", "mae/digits", "--run", "never", *shards) == 2
+    assert (
+        run_cli(
+            "pretrain", "-c", "data/digits", "-c", "recipe/mae_digits", "--run", "never", *shards
+        )
+        == 2
+    )
     assert server.log

@@ -16,6 +16,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from maepretrain.compression.codec import HEADER, Codec, psnr, read_symbols, write_symbols
 from maepretrain.data.shards.write import Arrays, write_shards
+from maepretrain.parsing.configs import config_words
 
 Run = Callable[..., int]
 SIDES = (53, 70)
@@ -66,12 +67,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_shards(Arrays(np.stack(tiles), np.zeros(25, np.int64)), folder / "shards", "train")
     found = {}
     for name, config, *more in (
-        ("plain", "ae/compression", "--model.refinements", "0"),
-        ("refined", "ae/compression", "--model.refinements", "2"),
-        ("residual", "ae/compression_residual", "--model.iterations", "3"),
+        ("plain", "data/photographs+recipe/compression", "--model.refinements", "0"),
+        ("refined", "data/photographs+recipe/compression", "--model.refinements", "2"),
+        ("residual", "data/photographs+recipe/compression_residual", "--model.iterations", "3"),
     ):
         found[name] = folder / name
-        argv = ["pretrain", "-c", config, "--run", str(found[name]), *more]
+        argv = ["pretrain", *config_words(config), "--run", str(found[name]), *more]
         argv += ["--data.train", f"{folder}/shards/train-*.tar", "--data.val", "null"]
         argv += ["--data.image_size", "32", "--model.width", "8", "--trainer.max_steps", "8"]
         assert main([*argv, "--data.global_batch", "8", "--optim.warmup_epochs", "0"]) == 0

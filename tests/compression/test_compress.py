@@ -269,9 +269,27 @@ def tuned(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("compress")
     data = ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
-    first = ["pretrain", "-c", "mae/digits", *data, "--run", str(folder / "run"), *TINY]
+    first = [
+        "pretrain",
+        "-c",
+        "data/digits",
+        "-c",
+        "recipe/mae_digits",
+        *data,
+        "--run",
+        str(folder / "run"),
+        *TINY,
+    ]
     then = [
-        *("finetune", "-c", "eval/finetune_fashion_mnist", "--encoder", str(folder / "run")),
+        *(
+            "finetune",
+            "-c",
+            "data/fashion_mnist",
+            "-c",
+            "eval/finetune_small",
+            "--encoder",
+            str(folder / "run"),
+        ),
         *(*data, "--run", str(folder / "tuned"), "--data.image_size", "16", "--data.scale", "null"),
         *("--data.flip", "0", "--data.num_workers", "0", "--data.global_batch", "24"),
         *("--optim.base_lr", "0.1", "--trainer.max_epochs", "8"),

@@ -34,7 +34,7 @@ def encoder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(shards: Path, encoder: Path | str) -> list[object]:
     return [
-        *("-c", "eval/finetune_fashion_mnist", "--encoder", encoder),
+        *("-c", "data/fashion_mnist", "-c", "eval/finetune_small", "--encoder", encoder),
         *("--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"),
         *("--data.image_size", 16, "--data.scale", "null", "--data.flip", 0),
         *("--data.num_workers", 0, "--data.global_batch", 24, "--trainer.log_every_n_steps", 1),
@@ -66,7 +66,16 @@ def test_finetuning_a_run_beats_chance_and_says_so(tmp_path: Path, finetune: Run
     assert (found["labels"], found["n"], found["seed"]) == (150, 50, 0)
     names = {path.name for path in (tmp_path / "tuned/pictures").iterdir()}
     assert names == {"finetune-confusion.png", "finetune-most-confused.png"}
-    few = ["-c", "eval/from_scratch", "--label_fraction", 0.5, "--trainer.max_epochs", 1]
+    few = [
+        "--scratch",
+        "true",
+        "--optim.layer_decay",
+        "1.0",
+        "--label_fraction",
+        0.5,
+        "--trainer.max_epochs",
+        1,
+    ]
     assert finetune(tmp_path / "few", *few) == 0
     assert result(tmp_path / "few")["labels"] == 75
     assert result(tmp_path / "few")["scratch"] is True

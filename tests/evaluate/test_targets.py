@@ -135,7 +135,17 @@ def test_through_the_command_line(
         classes = [number for number, holds in enumerate((odd, large, third)) if holds]
         rows.append([key, *(classes if task == "multilabel" else [digit])])
     path = write(tmp_path / "t.csv", rows)
-    argv = ["finetune", "-c", "eval/finetune_fashion_mnist", "-c", "eval/from_scratch"]
+    argv = [
+        "finetune",
+        "-c",
+        "data/fashion_mnist",
+        "-c",
+        "eval/finetune_small",
+        "--scratch",
+        "true",
+        "--optim.layer_decay",
+        "1.0",
+    ]
     argv += ["--encoder", "timm:test_vit", "--run", str(tmp_path / "run"), "--data.scale", "null"]
     argv += ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
     argv += ["--data.image_size", "32", "--data.flip", "0", "--data.num_workers", "0"]

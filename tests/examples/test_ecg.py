@@ -107,7 +107,7 @@ def test_runs_to_its_end_on_made_beats(
 
 
 def test_normalisation_is_that_of_the_config() -> None:
-    text = (configs_folder() / "ae/ecg.yaml").read_text()
+    text = (configs_folder() / "data/ecg.yaml").read_text()
     assert f"mean: [{ecg.MEAN}]" in text and f"std: [{ecg.STD}]" in text
     assert f"image_size: [{ecg.LENGTH}]" in text
 

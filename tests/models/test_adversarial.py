@@ -143,7 +143,19 @@ SMALL = [
 
 def test_labels_reach_the_model(tmp_path: Path, shards: Path, run_cli: Callable[..., int]) -> None:
     data = ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
-    config = ["pretrain", "-c", "ae/adversarial_conditional", *data, *SMALL]
+    config = [
+        "pretrain",
+        "-c",
+        "data/fashion_mnist",
+        "-c",
+        "recipe/adversarial",
+        "--model.classes",
+        "10",
+        "--model.coder.widths",
+        "[512,256,18]",
+        *data,
+        *SMALL,
+    ]
     assert run_cli(*config, "--run", tmp_path / "run") == 0
     assert list((tmp_path / "run/pictures").glob("step-*.png"))
 
@@ -153,7 +165,20 @@ def test_shards_without_labels_are_refused(
 ) -> None:
     unlabelled = Arrays(digits()[0].images[:60], np.full(60, -1))
     write_shards(unlabelled, tmp_path, "train", 60)
-    config = ["pretrain", "-c", "ae/adversarial_conditional", *SMALL, "--run", tmp_path / "run"]
+    config = [
+        "pretrain",
+        "-c",
+        "data/fashion_mnist",
+        "-c",
+        "recipe/adversarial",
+        "--model.classes",
+        "10",
+        "--model.coder.widths",
+        "[512,256,18]",
+        *SMALL,
+        "--run",
+        tmp_path / "run",
+    ]
     assert run_cli(*config, "--data.train", f"{tmp_path}/train-*.tar", "--data.val", "null") == 2
     assert "Adversarial needs a label" in capsys.readouterr().err
 

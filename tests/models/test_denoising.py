@@ -102,7 +102,15 @@ def test_pictures_show_what_was_corrupted() -> None:
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, shards: Path, run_cli: Callable[..., int]) -> None:
     """Real DDP on gloo: a sample's noise does not depend on the process that has it."""
-    options = ["pretrain", "-c", "ae/denoising", "--data.train", f"{shards}/train-*.tar"]
+    options = [
+        "pretrain",
+        "-c",
+        "data/fashion_mnist",
+        "-c",
+        "recipe/denoising",
+        "--data.train",
+        f"{shards}/train-*.tar",
+    ]
     options += ["--data.val", f"{shards}/test-*.tar", "--data.image_size", "16"]
     options += ["--data.global_batch", "24", "--trainer.log_every_n_steps", "1"]
     options += ["--optim.optimizer", "sgd", "--optim.base_lr", "1.0", "--trainer.max_steps", "9"]

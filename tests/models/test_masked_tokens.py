@@ -17,6 +17,7 @@ from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.data.images import PADDING
 from maepretrain.data.shards.write import ImageFolder, write_shards
 from maepretrain.models.masked_tokens import MaskedTokens
+from maepretrain.parsing.configs import config_words
 
 T = 24
 SIZES: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "decoder_width": 12}
@@ -215,7 +216,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options_of(config: str, shards: Path, run: Path, steps: int) -> list[str]:
     return [
-        *("pretrain", "-c", config, "--run", str(run), "--trainer.max_steps", str(steps)),
+        *("pretrain", *config_words(config), "--run", str(run), "--trainer.max_steps", str(steps)),
         *("--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"),
         *("--data.global_batch", "20", "--trainer.accelerator", "cpu"),
         *("--trainer.log_every_n_steps", "1", "--optim.warmup_epochs", "0"),
@@ -232,7 +233,13 @@ def weights(run: Path) -> dict[str, Tensor]:
     return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("config", ["text/masked_bytes", "text/mae_bytes"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "data/text+recipe/masked_bytes",
+        "data/text+recipe/masked_bytes+model.depth=2+model.decoder_depth=1+model.mask_tokens_in_encoder=false",
+    ],
+)
 def test_a_run_learns_and_a_resume_equals_never_stopping(
     config: str, shards: Path, tmp_path: Path, run_cli: Callable[..., int]
 ) -> None:
@@ -263,8 +270,31 @@ def test_a_run_learns_and_a_resume_equals_never_stopping(
 def test_two_processes_equal_one(shards: Path, tmp_path: Path, run_cli: Callable[..., int]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     sgd = ["--optim.optimizer", "sgd", "--optim.base_lr", "1e-1"]
-    assert run_cli(*options_of("text/mae_bytes", shards, one, 4), *sgd) == 0
-    ranks = Ranks(tmp_path / "log", [*options_of("text/mae_bytes", shards, two, 4), *sgd], 2)
+    assert (
+        run_cli(
+            *options_of(
+                "data/text+recipe/masked_bytes+model.depth=2+model.decoder_depth=1+model.mask_tokens_in_encoder=false",
+                shards,
+                one,
+                4,
+            ),
+            *sgd,
+        )
+        == 0
+    )
+    ranks = Ranks(
+        tmp_path / "log",
+        [
+            *options_of(
+                "data/text+recipe/masked_bytes+model.depth=2+model.decoder_depth=1+model.mask_tokens_in_encoder=false",
+                shards,
+                two,
+                4,
+            ),
+            *sgd,
+        ],
+        2,
+    )
     assert ranks.wait() == [0, 0], ranks.output()
     assert logged(two, "loss") == pytest.approx(logged(one, "loss"), rel=1e-5)
     for name, weight in weights(one).items():
@@ -275,7 +305,18 @@ def test_images_are_refused_in_one_line(
     shards: Path, tmp_path: Path, run_cli: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     square = ["--data.image_size", "8"]
-    assert run_cli(*options_of("text/mae_bytes", shards, tmp_path / "run", 2), *square) == 2
+    assert (
+        run_cli(
+            *options_of(
+                "data/text+recipe/masked_bytes+model.depth=2+model.decoder_depth=1+model.mask_tokens_in_encoder=false",
+                shards,
+                tmp_path / "run",
+                2,
+            ),
+            *square,
+        )
+        == 2
+    )
     assert "image_size 8 must be [length]" in capsys.readouterr().err
 
 
@@ -283,9 +324,23 @@ def test_text_goes_through_knn_and_plan(
     shards: Path, tmp_path: Path, run_cli: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert run_cli(*options_of("text/masked_bytes", shards, run, 2)) == 0
+    assert run_cli(*options_of("data/text+recipe/masked_bytes", shards, run, 2)) == 0
     assert run_cli("knn", "--encoder", str(run)) == 0
     capsys.readouterr()
-    planned = ["plan", "-c", "text/mae_bytes", "--data.train", f"{shards}/train-*.tar"]
+    planned = [
+        "plan",
+        "-c",
+        "data/text",
+        "-c",
+        "recipe/masked_bytes",
+        "--model.depth",
+        "2",
+        "--model.decoder_depth",
+        "1",
+        "--model.mask_tokens_in_encoder",
+        "false",
+        "--data.train",
+        f"{shards}/train-*.tar",
+    ]
     assert run_cli(*planned, "--devices", "1", "--memory", "1GB") == 0
     assert "FLOPs" in capsys.readouterr().out

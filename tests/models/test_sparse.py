@@ -127,7 +127,27 @@ def test_mistakes(options: dict[str, Any], said: str) -> None:
 def test_two_processes_equal_one(tmp_path: Path, shards: Path, run_cli: Callable[..., int]) -> None:
     """The penalty is of the mean activity of the global batch, in value and gradient. With a weight
     at which it rules, half batches of one's own would end elsewhere."""
-    options = ["pretrain", "-c", "ae/sparse_kl", "--data.train", f"{shards}/train-*.tar"]
+    options = [
+        "pretrain",
+        "-c",
+        "data/fashion_mnist",
+        "-c",
+        "recipe/sparse",
+        "--model.coder.activation",
+        "none",
+        "--model.coder.code_activation",
+        "sigmoid",
+        "--model.penalty",
+        "kl",
+        "--model.weight",
+        "1.0e-3",
+        "--optim.base_lr",
+        "4.0e-3",
+        "--optim.weight_decay",
+        "0.0",
+        "--data.train",
+        f"{shards}/train-*.tar",
+    ]
     options += ["--data.val", f"{shards}/test-*.tar", "--data.image_size", "16"]
     options += ["--data.global_batch", "24", "--trainer.log_every_n_steps", "1"]
     options += ["--optim.optimizer", "sgd", "--optim.base_lr", "1.0", "--trainer.max_steps", "9"]

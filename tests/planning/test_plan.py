@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from support.autoencoders import CONFIGS
 from torch import Tensor, nn
 
 from maepretrain.checkpoints.encoders import fresh_encoder
@@ -19,7 +20,7 @@ from maepretrain.models.autoencoders.coders import Dense
 from maepretrain.models.autoencoders.contractive import Contractive
 from maepretrain.models.autoencoders.denoising import Denoising
 from maepretrain.models.mae.model import MaskedAutoencoder
-from maepretrain.parsing.configs import shipped_configs
+from maepretrain.parsing.configs import config_words
 from maepretrain.planning.plan import BUCKET, STRATEGIES, Weights, in_bytes, planned, state
 from maepretrain.strategies.sharded import require_shardable
 from maepretrain.training.optimizer import Optimization
@@ -119,7 +120,7 @@ def test_a_masked_autoencoders_bytes_are_those_of_a_real_step(
     changed: dict[str, Any], n: int, checkpointing: bool, bf16: bool
 ) -> None:
     arguments: dict[str, Any] = VIT | changed | {"activation_checkpointing": checkpointing}
-    asked = ["-c", "mae/vit_base", *ONE, "--data.global_batch", str(2 * n)]
+    asked = ["-c", "data/imagenet", "-c", "recipe/mae_vit", *ONE, "--data.global_batch", str(2 * n)]
     asked += ["--trainer.accumulate_grad_batches", "2"]
     asked += ["--trainer.precision", "bf16-mixed" if bf16 else "32-true"]
     plan = planned([*asked, *options(arguments)])
@@ -130,7 +131,17 @@ def test_a_masked_autoencoders_bytes_are_those_of_a_real_step(
 
 
 def test_recomputing_needs_the_largest_block_once() -> None:
-    asked = ["-c", "mae/vit_base", *ONE, "--data.global_batch", "4", "--trainer.precision", "32"]
+    asked = [
+        "-c",
+        "data/imagenet",
+        "-c",
+        "recipe/mae_vit",
+        *ONE,
+        "--data.global_batch",
+        "4",
+        "--trainer.precision",
+        "32",
+    ]
     # Of three decoder blocks the middle one computes everything for all tokens.
     deep: dict[str, Any] = VIT | {"decoder_depth": 3}
     once = planned([*asked, *options(deep | {"activation_checkpointing": True})])["rows"]["ddp"]
@@ -153,7 +164,17 @@ def test_attention_keeps_no_matrix_of_tokens_by_tokens() -> None:
     k, v (3 d), what attention gives (d), and the MLP's hidden values before and after GELU (8 d);
     less than 1 d of statistics. With 1024 tokens a matrix for each head would be 21 d."""
     sizes = {"image_size": 256, "mask_ratio": 0.75}
-    asked = ["-c", "mae/vit_base", *ONE, "--data.global_batch", "2", "--trainer.precision", "32"]
+    asked = [
+        "-c",
+        "data/imagenet",
+        "-c",
+        "recipe/mae_vit",
+        *ONE,
+        "--data.global_batch",
+        "2",
+        "--trainer.precision",
+        "32",
+    ]
     kept = [
         planned([*asked, *options(VIT | sizes | {"decoder_depth": depth})])["rows"]["ddp"]
         for depth in (3, 4)
@@ -165,7 +186,15 @@ def test_attention_keeps_no_matrix_of_tokens_by_tokens() -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_denoisings_bytes_are_those_of_a_real_step(bf16: bool) -> None:
     """Its likelihood looks at values: two small batches are counted, and extended."""
-    asked = ["-c", "ae/denoising", *ONE, "--data.global_batch", "50"]
+    asked = [
+        "-c",
+        "data/fashion_mnist",
+        "-c",
+        "recipe/denoising",
+        *ONE,
+        "--data.global_batch",
+        "50",
+    ]
     row = planned([*asked, "--trainer.precision", "bf16-mixed" if bf16 else "32-true"])["rows"]
     coder = Dense(28, 1, [512, 128], activation="relu", likelihood="bernoulli")
     model, images = Denoising(coder, "masking", 0.5), real_batch(50, 1, 28)
@@ -194,7 +223,17 @@ def test_fine_tuning_a_run_trains_its_positions_and_recomputes_nothing_frozen(
     trained_blocks: int, shards: Path, tmp_path: Path, run_cli: Run, capsys: Any
 ) -> None:
     pattern = f"{shards}/train-*.tar"
-    asked = ["-c", "mae/digits", "--run", "r", "--data.train", pattern, "--print_config"]
+    asked = [
+        "-c",
+        "data/digits",
+        "-c",
+        "recipe/mae_digits",
+        "--run",
+        "r",
+        "--data.train",
+        pattern,
+        "--print_config",
+    ]
     with pytest.raises(SystemExit):
         run_cli("pretrain", *asked, "--model.init_args.activation_checkpointing", "true")
     (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
@@ -207,7 +246,17 @@ def assert_classifier(
     encoder: str, data: ShardData, head: Any, trained_blocks: int, ema: float, bf16: bool
 ) -> None:
     n, channels, side, _ = data.global_batch, *data.shape
-    asked = ["--verb", "finetune", "-c", "eval/finetune_vit_base", "--encoder", encoder, *ONE]
+    asked = [
+        "--verb",
+        "finetune",
+        "-c",
+        "data/imagenet",
+        "-c",
+        "eval/finetune_vit",
+        "--encoder",
+        encoder,
+        *ONE,
+    ]
     asked += ["--classes", "10", "--head", head, "--heads", "3", "--ema", str(ema)]
     asked += ["--trained_blocks", str(trained_blocks), "--data.global_batch", str(n)]
     asked += ["--data.image_size", str(side), "--data.channels", str(channels)]
@@ -257,7 +306,18 @@ def test_deepspeeds_bucket_is_the_engines() -> None:
 
 def test_a_whole_plan(run_cli: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """ViT-B on ImageNet, 8 A100s of two nodes: 1,281,167 // 4096 = 312 steps an epoch."""
-    asked = ["-c", "mae/vit_base", "--devices", "4", "--nodes", "2", "--memory", "40GB"]
+    asked = [
+        "-c",
+        "data/imagenet",
+        "-c",
+        "recipe/mae_vit",
+        "--devices",
+        "4",
+        "--nodes",
+        "2",
+        "--memory",
+        "40GB",
+    ]
     asked += ["--images", "1281167"]
     plan = planned([*asked, "--device", "A100"])
     assert (plan["steps_per_epoch"], plan["steps"], plan["micro_batch"]) == (312, 249_600, 512)
@@ -294,9 +354,9 @@ def test_a_whole_plan(run_cli: Run, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("asked", "model"),
     [
-        (["-c", "ae/contractive"], Contractive),
-        (["-c", "ae/denoising"], Denoising),
-        (["-c", "mae/digits"], MaskedAutoencoder),
+        (["-c", "data/fashion_mnist", "-c", "recipe/contractive"], Contractive),
+        (["-c", "data/fashion_mnist", "-c", "recipe/denoising"], Denoising),
+        (["-c", "data/digits", "-c", "recipe/mae_digits"], MaskedAutoencoder),
     ],
 )
 def test_strategies_are_those_that_the_engines_take(asked: list[str], model: type) -> None:
@@ -312,7 +372,18 @@ def test_strategies_are_those_that_the_engines_take(asked: list[str], model: typ
 
 
 def test_speed_follows_what_is_asked() -> None:
-    asked = ["-c", "mae/vit_base", "--devices", "1", "--memory", "1GB", "--images", "9000"]
+    asked = [
+        "-c",
+        "data/imagenet",
+        "-c",
+        "recipe/mae_vit",
+        "--devices",
+        "1",
+        "--memory",
+        "1GB",
+        "--images",
+        "9000",
+    ]
     asked += [*options(VIT), "--trainer.max_epochs", "3"]
     base = planned([*asked, "--tflops", "100"])
     half = planned([*asked, "--tflops", "100", "--mfu", ".2"])
@@ -334,7 +405,18 @@ def test_speed_follows_what_is_asked() -> None:
 
 
 def test_images_are_counted_by_the_index(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["-c", "mae/digits", "--devices", "2", "--memory", "1GB", "--tflops", "1"]
+    asked = [
+        "-c",
+        "data/digits",
+        "-c",
+        "recipe/mae_digits",
+        "--devices",
+        "2",
+        "--memory",
+        "1GB",
+        "--tflops",
+        "1",
+    ]
     asked += ["--data.global_batch", "24"]
     pattern = f"{shards}/train-*.tar"
     indexed = planned([*asked, "--data.train", pattern, "--data.val", "nowhere.tar"])
@@ -347,9 +429,9 @@ def test_images_are_counted_by_the_index(shards: Path, capsys: pytest.CaptureFix
     assert told["megabytes_per_s"] is None
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_configs() if name.startswith("ae/")])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_model_has_a_plan(name: str) -> None:
-    plan = planned(["-c", name, *ONE, "--data.global_batch", "8", "--data.streams", "1"])
+    plan = planned([*config_words(name), *ONE, "--data.global_batch", "8", "--data.streams", "1"])
     ddp = plan["rows"]["ddp"]
     assert min(ddp[column] for column in ("parameters", "gradients", "activations")) > 0
     assert plan["flops"].training > plan["flops"].forward > 0
@@ -391,7 +473,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     asked = {"devices": "1", "memory": "80GB", "images": "9000"} | changed
     words = [f"--{name}={value}" for name, value in asked.items() if value is not None]
-    assert run_cli("plan", "-c", "mae/vit_base", *words) == 2
+    assert run_cli("plan", "-c", "data/imagenet", "-c", "recipe/mae_vit", *words) == 2
     error = capsys.readouterr().err
     assert error.startswith("maepretrain: error: ")
     assert line in error
@@ -409,7 +491,15 @@ def test_mistakes_are_one_line(
 def test_a_fine_tuning_plan_looks_at_no_labels(
     more: list[str], line: str, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["--verb=finetune", "-c", "eval/finetune_vit_base", "--encoder", "timm:deit_tiny"]
+    asked = [
+        "--verb=finetune",
+        "-c",
+        "data/imagenet",
+        "-c",
+        "eval/finetune_vit",
+        "--encoder",
+        "timm:deit_tiny",
+    ]
     assert run_cli("plan", *asked, *ONE, "--data.global_batch", "8", *more) == 2
     assert line in capsys.readouterr().err
 
@@ -435,6 +525,17 @@ def test_the_model_is_neither_made_nor_run(monkeypatch: pytest.MonkeyPatch) -> N
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     before = peak()
-    plan = planned(["-c", "mae/vit_huge", *ONE[:-1], "5000"])
+    plan = planned(
+        [
+            "-c",
+            "data/imagenet",
+            "-c",
+            "recipe/mae_vit",
+            "--model.encoder",
+            "vit_huge_patch14_224",
+            *ONE[:-1],
+            "5000",
+        ]
+    )
     assert cast(float, plan["rows"]["ddp"]["activations"]) > 2**39
     assert peak() - before < 300_000  # KiB

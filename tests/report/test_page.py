@@ -97,7 +97,17 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     folder = tmp_path_factory.mktemp("runs")
     data = ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
     pretrained, tuned = folder / "pretrained", folder / "tuned"
-    argv = ["pretrain", "-c", "mae/digits", *data, "--run", pretrained, *TINY]
+    argv = [
+        "pretrain",
+        "-c",
+        "data/digits",
+        "-c",
+        "recipe/mae_digits",
+        *data,
+        "--run",
+        pretrained,
+        *TINY,
+    ]
     argv += ["--trainer.check_val_every_n_epoch", 1, "--trainer.max_steps"]
     sweep = ["--sweep.min_steps", 9, "--sweep.choose_on_samples", 1, "--sweep.lrs", "[0.1]"]
     finetune = [*data, "--data.image_size", 16, "--data.global_batch", 24, "--run", tuned]
@@ -106,7 +116,16 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         [*argv, 6],
         [*argv, 12, "--resume"],
         ["probe", "--encoder", pretrained, "--seeds", 2, *sweep],
-        ["finetune", "-c", "eval/finetune_fashion_mnist", "--encoder", pretrained, *finetune],
+        [
+            "finetune",
+            "-c",
+            "data/fashion_mnist",
+            "-c",
+            "eval/finetune_small",
+            "--encoder",
+            pretrained,
+            *finetune,
+        ],
     ):
         assert main([str(word) for word in command]) == 0
     patch.undo()

@@ -129,7 +129,7 @@ def whole(place: Place) -> Path:
 PRETRAIN = ROOT / "slurm/pretrain.sbatch"
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
 TWO_TASKS = ["--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1"]
-DDP, ZERO = ["-c", "strategy/ddp"], ["-c", "strategy/zero1"]
+DDP, ZERO = ["--trainer.strategy", "ddp"], ["-c", "overlay/zero1"]
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,17 @@ PICTURES += ["--data.mean", "[0,0,0]", "--data.std", "[1,1,1]"]
 
 def mae(place: Place, run: str) -> list[str]:
     """Pretraining of a small MAE, which can be fine-tuned."""
-    words = ["-c", "mae/digits", *TINY, *PICTURES, *place.data, "--trainer.max_steps", "6"]
+    words = [
+        "-c",
+        "data/digits",
+        "-c",
+        "recipe/mae_digits",
+        *TINY,
+        *PICTURES,
+        *place.data,
+        "--trainer.max_steps",
+        "6",
+    ]
     return [*words, "--pictures", "0", "--run", str(place.folder / run)]
 
 
@@ -249,7 +259,15 @@ def chain(place: Place, recipe: list[str]) -> dict[str, str]:
     """Pretraining, probe and fine-tuning: job numbers by stage."""
     small = ["--ntasks-per-node=1", "--cpus-per-task=1", "--time=20"]
     probe = ["probe", *place.data, *PICTURES]
-    finetune = ["finetune", "-c", "eval/finetune_fashion_mnist", *place.data, *PICTURES]
+    finetune = [
+        "finetune",
+        "-c",
+        "data/fashion_mnist",
+        "-c",
+        "eval/finetune_small",
+        *place.data,
+        *PICTURES,
+    ]
     finetune += ["--data.global_batch", "24", "--trainer.max_steps", "6"]
     stages = ["--", "pretrain", *recipe, "--", *probe, "--", *finetune]
     out = place.cluster.run(ROOT / "slurm/chain.sh", *small, *stages, cwd=place.folder)
@@ -323,11 +341,33 @@ def test_mistakes_end_a_job_at_once(place: Place, refused_jobs: dict[str, str], 
 
 
 def test_dry_run_prints_script_and_plan(place: Place) -> None:
-    plan = ["--devices", 2, "--memory", "80GB", "--images", 1000, "-c", "mae/digits"]
+    plan = [
+        "--devices",
+        2,
+        "--memory",
+        "80GB",
+        "--images",
+        1000,
+        "-c",
+        "data/digits",
+        "-c",
+        "recipe/mae_digits",
+    ]
     out = place.cluster.run("bash", PRETRAIN, "--dry-run", *plan, cwd=place.folder)
     assert PRETRAIN.read_text() in out and (ROOT / "slurm/job.sh").read_text() in out
     assert "zero1" in out and "GiB a process" in out
-    stages = ["--", "pretrain", "-c", "mae/digits", "--run", "x", "--", "knn"]
+    stages = [
+        "--",
+        "pretrain",
+        "-c",
+        "data/digits",
+        "-c",
+        "recipe/mae_digits",
+        "--run",
+        "x",
+        "--",
+        "knn",
+    ]
     chained = place.cluster.run(
         ROOT / "slurm/chain.sh",
         "--dry-run",

@@ -43,9 +43,19 @@ RECIPE = [
     *("--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"),
     *("--data.num_workers", "0"),
 ]
-MAE = ["pretrain", "-c", "mae/digits", *TINY, *RECIPE]
+MAE = ["pretrain", "-c", "data/digits", "-c", "recipe/mae_digits", *TINY, *RECIPE]
 DENOISING = [
-    *("pretrain", "-c", "ae/denoising", "--data.image_size", "16", "--data.global_batch", "24"),
+    *(
+        "pretrain",
+        "-c",
+        "data/fashion_mnist",
+        "-c",
+        "recipe/denoising",
+        "--data.image_size",
+        "16",
+        "--data.global_batch",
+        "24",
+    ),
     *("--model.coder.widths", "[37, 11]", *RECIPE),
 ]
 # Held-out loss, pictures, a linear probe and k-NN in the middle of training and at its end.
@@ -350,7 +360,15 @@ def test_a_run_that_changes_its_engine_four_times_equals_one_that_does_not(
 # Three epochs; an average of weights, and a learning rate of its own for each layer. Nothing is
 # drawn by process: no dropped paths, no mixing.
 FINETUNE = [
-    *("finetune", "-c", "eval/finetune_fashion_mnist", "--data.image_size", "16"),
+    *(
+        "finetune",
+        "-c",
+        "data/fashion_mnist",
+        "-c",
+        "eval/finetune_small",
+        "--data.image_size",
+        "16",
+    ),
     *("--data.global_batch", "24", "--data.scale", "null", "--data.flip", "0", *RECIPE, *CLIP),
     *("--trainer.max_steps", "18", "--trainer.check_val_every_n_epoch", "3"),
     *("--optim.layer_decay", "0.5", "--ema", "0.9", "--head", "fc_norm"),
@@ -506,8 +524,16 @@ def test_killed_again_and_again_while_it_saves(
 @pytest.mark.parametrize(
     ("engine", "options", "said"),
     [
-        ("zero1", ["-c", "ae/variational"], "Variational does not run under ZeRO-1"),
-        ("fsdp2", ["-c", "ae/variational"], "Variational does not run under FSDP2"),
+        (
+            "zero1",
+            ["-c", "data/fashion_mnist", "-c", "recipe/variational"],
+            "Variational does not run under ZeRO-1",
+        ),
+        (
+            "fsdp2",
+            ["-c", "data/fashion_mnist", "-c", "recipe/variational"],
+            "Variational does not run under FSDP2",
+        ),
         ("zero2", ["--trainer.precision", "16-mixed"], "precision 16-mixed under ZeRO: take"),
         ("zero2", ["--trainer.precision", "bf16-true"], "precision bf16-true under ZeRO: take"),
         ("zero3_offload", [], "offload moves memory from a GPU, and this machine has none"),
@@ -543,7 +569,7 @@ def test_lightning_starts_the_processes_and_nothing_is_compiled(
     run, compiled = tmp_path / "run", tmp_path / "compiled"
     compiled.mkdir()
     command = [*MAE, *CLIP, "--data.train", f"{shards}/train-*.tar", "--run", str(run)]
-    command += ["-c", "strategy/zero1", "--trainer.devices", "2", "--trainer.max_steps", "3"]
+    command += ["-c", "overlay/zero1", "--trainer.devices", "2", "--trainer.max_steps", "3"]
     environment = {
         name: value
         for name, value in os.environ.items()

@@ -172,7 +172,12 @@ class Ranks:
         log.mkdir(parents=True)
         words = [str(word) for word in argv]
         if world_size > 1 or strategy != "ddp":
-            words += ["-c", f"strategy/{strategy}", "--trainer.devices", str(world_size)]
+            words += ["--trainer.devices", str(world_size)]
+            words += (
+                ["--trainer.strategy", "ddp"]
+                if strategy == "ddp"
+                else ["-c", f"overlay/{strategy}"]
+            )
             words += map(str, settings)
         environment = {
             RECORDS: str(log),

@@ -26,11 +26,11 @@ def call_cli(*words: object) -> int:
 
 
 def pretrain_tiny_model(shards: Path, run: Path, *more: object) -> int:
-    """`maepretrain pretrain -c mae/digits` with a tiny model on these shards, without pictures:
-    drawing them takes as long as the rest."""
+    """`maepretrain pretrain` of recipe/mae_digits with a tiny model on these shards, without
+    pictures: drawing them takes as long as the rest."""
     data = ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
     options = [*data, "--run", run, "--pictures", 0, *TINY, *more]
-    return call_cli("pretrain", "-c", "mae/digits", *options)
+    return call_cli("pretrain", "-c", "data/digits", "-c", "recipe/mae_digits", *options)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

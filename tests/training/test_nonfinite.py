@@ -436,7 +436,16 @@ def test_weights_that_begin_broken(
 @pytest.fixture
 def encoder(tmp_path: Path, run_cli: Run) -> Path:
     """A small autoencoder of signals."""
-    options = ["-c", "ae/undercomplete", "--model.coder.widths", "[6, 4]", "--data.val", "null"]
+    options = [
+        "-c",
+        "data/fashion_mnist",
+        "-c",
+        "recipe/autoencoder",
+        "--model.coder.widths",
+        "[6, 4]",
+        "--data.val",
+        "null",
+    ]
     options += shared_options(write_signals(tmp_path / "encoder shards", {}))
     run = tmp_path / "encoder"
     assert run_cli("pretrain", *options, "--trainer.max_steps", STEPS, "--run", run) == 0
@@ -450,7 +459,13 @@ def test_fine_tuning_leaves_them_out_too(
 ) -> None:
     """All of the encoder, or a frozen one under a head with running statistics."""
     pattern = write_signals(tmp_path / "shards", {17: 3e38, 30: -3e38})
-    options = ["-c", "eval/finetune_fashion_mnist", *shared_options(pattern, accumulation)]
+    options = [
+        "-c",
+        "data/fashion_mnist",
+        "-c",
+        "eval/finetune_small",
+        *shared_options(pattern, accumulation),
+    ]
     frozen = head == "batchnorm"
     options += ["--optim.layer_decay", 1, "--head", head]
     options += ["--trained_blocks", 0 if frozen else -1, "--encoder", encoder]
@@ -484,7 +499,15 @@ def test_fine_tuning_stops_after_some_in_a_row(
     tmp_path: Path, encoder: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pattern = write_signals(tmp_path / "shards", {i: 3e38 for i in range(SAMPLES)})
-    options = ["-c", "eval/finetune_fashion_mnist", *shared_options(pattern), "--head", "linear"]
+    options = [
+        "-c",
+        "data/fashion_mnist",
+        "-c",
+        "eval/finetune_small",
+        *shared_options(pattern),
+        "--head",
+        "linear",
+    ]
     options += ["--encoder", encoder, "--optim.layer_decay", 1, "--nonfinite", 2]
     options += ["--data.val", "null", "--data.scale", "null", "--trainer.max_steps", STEPS]
     capsys.readouterr()
@@ -496,7 +519,14 @@ def test_fine_tuning_stops_after_some_in_a_row(
 # Other models, other processes.
 
 
-@pytest.mark.parametrize("name", ["mae/digits", "ae/stacked", "ae/predictive_sparse"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data/digits+recipe/mae_digits",
+        "data/fashion_mnist+recipe/stacked",
+        "data/fashion_mnist+recipe/predictive_sparse",
+    ],
+)
 def test_inputs_beyond_float32_move_no_weight(
     name: str, shards: Path, tmp_path: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -514,7 +544,7 @@ def test_inputs_beyond_float32_move_no_weight(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*IMAGES, "mae/digits"])
+@pytest.mark.parametrize("name", [*IMAGES, "data/digits+recipe/mae_digits"])
 def test_zeros_give_every_model_a_gradient_of_zeros(
     name: str, shards: Path, tmp_path: Path, run_cli: Run
 ) -> None:

@@ -105,7 +105,15 @@ def test_mistakes_are_one_line(
 def test_models_of_one_size_refuse_smaller_images(
     tmp_path: Path, shards: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["pretrain", "-c", "ae/undercomplete", "--data.train", f"{shards}/train-*.tar"]
+    asked = [
+        "pretrain",
+        "-c",
+        "data/fashion_mnist",
+        "-c",
+        "recipe/autoencoder",
+        "--data.train",
+        f"{shards}/train-*.tar",
+    ]
     asked += ["--data.val", "null", "--run", tmp_path / "run", *SIXTEEN]
     assert run_cli(*asked, "--data.image_size", 16) == 2
     assert "Autoencoder takes no smaller images" in capsys.readouterr().err

@@ -139,11 +139,23 @@ def test_a_budget_in_seconds_becomes_steps_and_warm_up_takes_a_tenth_at_most(
     ("words", "message"),
     [
         (["-c", "ae/nothing"], "no config file ae/nothing"),
-        (["-c", "mae/digits", "./mae/digits.yaml"], "two configs of the same file name"),
-        (["-c", "mae/digits", "--seeds", "0"], "seeds 0 and steps None must be at least 1"),
-        (["-c", "mae/digits", "--cpu_seconds", "0"], "cpu_seconds 0.0 above 0"),
-        (["-c", "mae/digits", "--steps", "0"], "steps 0 must be at least 1"),
-        (["-c", "mae/digits", "--budget", "3"], "budget"),
+        (
+            ["-c", "data/digits+recipe/mae_digits", "./mae/mae_digits.yaml"],
+            "two configs of the same name",
+        ),
+        (
+            ["-c", "data/digits+recipe/mae_digits", "--seeds", "0"],
+            "seeds 0 and steps None must be at least 1",
+        ),
+        (
+            ["-c", "data/digits+recipe/mae_digits", "--cpu_seconds", "0"],
+            "cpu_seconds 0.0 above 0",
+        ),
+        (
+            ["-c", "data/digits+recipe/mae_digits", "--steps", "0"],
+            "steps 0 must be at least 1",
+        ),
+        (["-c", "data/digits+recipe/mae_digits", "--budget", "3"], "budget"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -156,7 +168,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mae").mkdir()
-    (tmp_path / "mae/digits.yaml").write_text("seed: 0\n")
+    (tmp_path / "mae/mae_digits.yaml").write_text("seed: 0\n")
     assert run_cli("compare", *words, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert message in error

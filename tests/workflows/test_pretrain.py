@@ -205,7 +205,16 @@ def test_a_signal_stops_at_a_step_and_goes_on(
 ) -> None:
     """A real process with loader workers gets it in its whole group, as from a terminal."""
     length = ["--trainer.max_steps", "150", "--checkpoint_every_steps", "1000000"]
-    command = [sys.executable, "-m", "maepretrain", "pretrain", "-c", "mae/digits"]
+    command = [
+        sys.executable,
+        "-m",
+        "maepretrain",
+        "pretrain",
+        "-c",
+        "data/digits",
+        "-c",
+        "recipe/mae_digits",
+    ]
     command += ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
     command += ["--run", str(tmp_path / "cut"), "--data.num_workers", "2", *tiny_options(), *length]
     process = subprocess.Popen(
@@ -244,7 +253,17 @@ def test_two_processes_equal_one(tmp_path: Path, shards: Path, pretrain_tiny: Ru
     then 2 -> 1 on a resume."""
     options = ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
     options += [*tiny_options(), *SGD, "--data.num_workers", "1", "--keep_every_steps", "1"]
-    command = [sys.executable, "-m", "maepretrain", "pretrain", "-c", "mae/digits", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "maepretrain",
+        "pretrain",
+        "-c",
+        "data/digits",
+        "-c",
+        "recipe/mae_digits",
+        *options,
+    ]
     command += ["--run", str(tmp_path / "two"), "--trainer.max_steps", "9"]
     command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -28,7 +28,7 @@ from benchmarks.timing import entry, positive, table
 from maepretrain.checkpoints.weights import OWN_KEY
 from maepretrain.data.module import ShardData
 from maepretrain.data.shards.write import Source, find_source, write_shards
-from maepretrain.evaluate.heads import LinearSweep
+from maepretrain.evaluate.linear_sweep import LinearSweep
 from maepretrain.evaluate.neighbours import NeighbourSweep
 from maepretrain.evaluate.probe import probe
 from maepretrain.models.mae.model import MaskedAutoencoder

@@ -25,7 +25,7 @@ from sklearn.decomposition import PCA
 
 from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.data.shards.write import ImageFolder, write_shards
-from maepretrain.plots import reconstruction_grid
+from maepretrain.plots.images import reconstruction_grid
 from maepretrain.workflows.pretrain import pretrain_command
 
 # Samples a second, samples of a window, numbers of its code.

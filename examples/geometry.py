@@ -12,10 +12,6 @@ from torch.nn import functional as F
 from maepretrain.evaluate.geometry import (
     across,
     decoder_tangents,
-    draw_field,
-    draw_lines,
-    draw_maps,
-    draw_rows,
     encoder_tangents,
     flat_map,
     interpolate,
@@ -26,6 +22,7 @@ from maepretrain.models.autoencoders.autoencoder import Autoencoder
 from maepretrain.models.autoencoders.coders import Dense
 from maepretrain.models.autoencoders.contractive import Contractive
 from maepretrain.models.autoencoders.denoising import Denoising
+from maepretrain.plots.geometry import draw_field, draw_lines, draw_maps, draw_rows
 from maepretrain.workflows.quickstart import digits
 
 

@@ -2,7 +2,11 @@
 
 import logging
 import warnings
-from typing import Any, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TextIO, cast
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -19,6 +23,36 @@ def is_rank_zero() -> bool:
 def say(text: str) -> None:
     """Print once, on rank zero."""
     print(text, flush=True)
+
+
+# The file that details go to; None is standard output.
+_detail_file: ContextVar[TextIO | None] = ContextVar("detail_file", default=None)
+
+
+@rank_zero_only
+def say_detail(text: str) -> None:
+    """Print a detail, such as a setting that is applied, once, on rank zero.
+
+    It goes to standard output, or to the file of `details_to`.
+    """
+    print(text, file=_detail_file.get(), flush=True)
+
+
+@contextmanager
+def details_to(path: Path) -> Iterator[None]:
+    """Append the details that are printed meanwhile to a file, `os.devnull` among them.
+
+    An outer `details_to` wins: a workflow that keeps the details of its stages has all of them.
+    """
+    if _detail_file.get() is not None:
+        yield
+        return
+    with path.open("a") as file:
+        token = _detail_file.set(file)
+        try:
+            yield
+        finally:
+            _detail_file.reset(token)
 
 
 def run_on_all(trainer: Any, method: str, *arguments: Any) -> Any:

@@ -19,10 +19,10 @@ from maepretrain.data.images import CentreCrop
 from maepretrain.data.module import ShardData
 from maepretrain.data.normalise import Normalise
 from maepretrain.data.samples import Samples
-from maepretrain.evaluate.features import Processes
 from maepretrain.evaluate.options import evaluation_parser
+from maepretrain.evaluate.processes import Processes
 from maepretrain.parsing.parser import make_parser, parse
-from maepretrain.plots import embedding_map
+from maepretrain.plots.maps import embedding_map
 
 Pool = Literal["mean", "cls", "tokens"]
 

@@ -13,7 +13,7 @@ from maepretrain.data.module import ShardData
 from maepretrain.evaluate import geometry
 from maepretrain.evaluate.features import embed
 from maepretrain.models.protocol import Decodes, Samples, declared, require
-from maepretrain.plots import reconstruction_grid, tiles
+from maepretrain.plots.images import reconstruction_grid, tiles
 from maepretrain.ranks import say
 
 # Held-out images whose codes tell how far each number of a code varies.

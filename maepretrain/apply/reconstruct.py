@@ -9,7 +9,7 @@ from torch import Tensor
 from maepretrain.apply.inputs import Pretrained, parse_application, read_images
 from maepretrain.data.module import ShardData
 from maepretrain.models.protocol import Masks, declared, require
-from maepretrain.plots import reconstruction_grid
+from maepretrain.plots.images import reconstruction_grid
 from maepretrain.ranks import say
 
 # Letters that fit above an image.

@@ -24,12 +24,12 @@ from maepretrain.data.module import ShardData
 from maepretrain.data.samples import ShardIndex
 from maepretrain.data.shards.index import open_shards
 from maepretrain.evaluate.features import CHUNK
-from maepretrain.evaluate.frozen_features import shown
 from maepretrain.evaluate.neighbours import nearest
+from maepretrain.evaluate.pictures import to_unit_range
 from maepretrain.models.autoencoders.semantic_hashing import hamming
 from maepretrain.models.protocol import BinaryCodes, require
 from maepretrain.parsing.parser import make_parser, parse
-from maepretrain.plots import titled_images
+from maepretrain.plots.images import titled_images
 from maepretrain.ranks import say
 from maepretrain.runs.results import print_columns
 
@@ -237,7 +237,7 @@ def _draw(
         ):
             what = f"class {label}" if label >= 0 else key
             titles.append(f"{what}\n{_distance(distance, metric)}")
-    titled_images(list(shown(torch.stack(images))), titles, 1 + len(found.keys[0]), out)
+    titled_images(list(to_unit_range(torch.stack(images))), titles, 1 + len(found.keys[0]), out)
     say(f"picture       {out}")
 
 

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from maepretrain.models.timm_encoder import TimmEncoder, TimmViT
-from maepretrain.ranks import say
+from maepretrain.ranks import say, say_detail
 
 
 def timm_encoder(spec: str, shape: tuple[int, ...] | None, *, random: bool) -> nn.Module:
@@ -64,7 +64,7 @@ def _pretrained_arguments(name: str, *, download: bool) -> dict[str, Any]:
     for file in ("model.safetensors", "pytorch_model.bin"):
         cached = try_to_load_from_cache(repository, file) if repository else None
         if isinstance(cached, str):
-            say(f"encoder       {name} with the weights of {repository}")
+            say_detail(f"encoder       {name} with the weights of {repository}")
             return {"pretrained": True, "pretrained_cfg_overlay": {"file": cached}}
     say(
         f"encoder       {name} at RANDOM initial values: its weights are not on this machine; "

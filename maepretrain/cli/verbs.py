@@ -110,7 +110,7 @@ VERBS = (
         "finetune",
         "--encoder RUN",
         "train the encoder and a classifier on labels",
-        "maepretrain.evaluate.finetune:finetune_command",
+        "maepretrain.evaluate.finetune_command:finetune_command",
         saves=True,
     ),
     Verb(

@@ -17,7 +17,8 @@ from maepretrain.checkpoints.packing import Weights
 from maepretrain.checkpoints.weights import load_exactly, read_state
 from maepretrain.data.augment import Augmentation
 from maepretrain.data.module import ShardData
-from maepretrain.evaluate.classifier import Classifier, Head
+from maepretrain.evaluate.classifier import Classifier
+from maepretrain.evaluate.classifier_head import ClassifierHead
 from maepretrain.evaluate.labels import choose_labels
 from maepretrain.models.mae.model import MaskedAutoencoder
 from maepretrain.models.protocol import declared
@@ -42,7 +43,7 @@ class Retraining:
     """
 
     model: MaskedAutoencoder
-    head: Head
+    head: ClassifierHead
     data: ShardData
     optim: Optimization
     augment: Augmentation
@@ -140,7 +141,7 @@ def read_finetune_config(run: Path) -> dict[str, Any]:
 
 def load_classifier(
     run: Path, config: dict[str, Any], data: ShardData
-) -> tuple[MaskedAutoencoder, Head]:
+) -> tuple[MaskedAutoencoder, ClassifierHead]:
     """Encoder and head as a run of fine-tuning ended with; `data` is set to the labels that it was
     trained on.
 
@@ -167,12 +168,12 @@ def load_classifier(
     return model, _load_head(run, config, model.width)
 
 
-def _load_head(run: Path, config: dict[str, Any], width: int) -> Head:
+def _load_head(run: Path, config: dict[str, Any], width: int) -> ClassifierHead:
     state, _ = read_state(run / "checkpoints" / "last.ckpt")
     averaged = any(name.startswith("ema.module.head.") for name in state)
     weights = _below(state, "ema.module.head." if averaged else "head.")
     classes = len(weights["linear.weight"])
-    head = Head(width, classes, config["head"], config["pool"], config["heads"])
+    head = ClassifierHead(width, classes, config["head"], config["pool"], config["heads"])
     load_exactly(head.state_dict(), weights)
     return head
 

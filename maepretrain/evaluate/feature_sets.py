@@ -1,4 +1,4 @@
-"""Views of an encoder: which features of an image a probe looks at, from one reading of it."""
+"""Feature sets: the features of an image that a probe can use, made in one reading of it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,15 @@ from maepretrain.data.normalise import Normalise
 from maepretrain.evaluate.features import embed
 from maepretrain.models.protocol import Blocks
 
-Pool = Literal["mean", "cls", "last4"]
+BlockPool = Literal["mean", "cls", "last4"]
+# The name of the feature set that holds the encoder's own output.
 OUTPUT = "output"
 # PCA is fitted on at most so many images, evenly spaced.
 PCA_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
-class Views:
+class FeatureSets:
     """From uint8 images to features under names.
 
     Args:
@@ -33,18 +34,18 @@ class Views:
     widths: dict[str, int]
 
 
-def encoder_views(
+def encoder_feature_sets(
     encoder: nn.Module,
     data: ShardData,
     device: torch.device,
-    pools: Sequence[Pool] = (),
+    pools: Sequence[BlockPool] = (),
     blocks: Sequence[int] | None = None,
-) -> Views:
-    """`output`, what `encode` gives, and the outputs of blocks pooled.
+) -> FeatureSets:
+    """`output`, the encoder's own output, and the outputs of blocks pooled.
 
     Args:
         encoder: has `encode`, and `features` and `depth` where it has blocks.
-        data: tells shape and normalisation.
+        data: has shape and normalisation.
         device: where the encoder runs.
         pools: "mean" of the patch tokens and "cls", the class token, of each block; "last4", the
             mean of the patch tokens of the last four blocks, side by side (Caron et al. 2021,
@@ -54,27 +55,29 @@ def encoder_views(
     Raises:
         ValueError: a block that the encoder does not have.
     """
-    model, normalise = cast(Any, encoder).eval().to(device), Normalise(data.mean, data.std)
-    normalise.to(device)
+    model = cast(Any, encoder).eval().to(device)
+    normalise = Normalise(data.mean, data.std).to(device)
     depth = model.depth if isinstance(model, Blocks) else 0
-    wanted = range(depth) if blocks is None else [_checked(block, depth) for block in blocks]
-    read = set(wanted) if {"mean", "cls"} & set(pools) else set()
+    chosen = range(depth) if blocks is None else [_checked(block, depth) for block in blocks]
+    pooled = sorted(set(chosen)) if {"mean", "cls"} & set(pools) else []
     last = range(max(0, depth - 4), depth) if "last4" in pools else range(0)
-    order = sorted(read | set(last))
+    needed = sorted({*pooled, *last})
 
     def encode(images: Tensor) -> dict[str, Tensor]:
         x = normalise(images.to(device, non_blocking=True))
-        views = {OUTPUT: model.encode(x)}
-        tokens = dict(zip(order, model.features(x, order), strict=True)) if order else {}
+        features = {OUTPUT: model.encode(x)}
+        if not needed:
+            return features
+        tokens = dict(zip(needed, model.features(x, needed), strict=True))
         means = {block: t[:, model.prefix :].mean(1) for block, t in tokens.items()}
-        for block in sorted(read):
+        for block in pooled:
             if "mean" in pools:
-                views[f"block {block} mean"] = means[block]
+                features[f"block {block} mean"] = means[block]
             if "cls" in pools and model.has_class_token:
-                views[f"block {block} cls"] = tokens[block][:, 0]
+                features[f"block {block} cls"] = tokens[block][:, 0]
         if last:
-            views["last 4 mean"] = torch.cat([means[block] for block in last], 1)
-        return views
+            features["last 4 mean"] = torch.cat([means[block] for block in last], 1)
+        return features
 
     return _measured(encode, data)
 
@@ -85,14 +88,16 @@ def _checked(block: int, depth: int) -> int:
     return block % depth
 
 
-def pixel_views(data: ShardData) -> Views:
+def pixel_features(data: ShardData) -> FeatureSets:
     """Raw pixels as features."""
     return _measured(lambda images: {OUTPUT: pixels(images)}, data)
 
 
-def pca_views(data: ShardData, components: int = 64) -> Views:
-    """The first principal components of the pixels of the training images, labelled or not, which
-    is what the encoder has seen too."""
+def pca_features(data: ShardData, components: int = 64) -> FeatureSets:
+    """The first principal components of the pixels.
+
+    They are fitted on the training images, labelled or not, which the encoder has seen too.
+    """
     step = -(-len(data.index) // PCA_IMAGES)
     images = data.index.choose(torch.arange(0, len(data.index), step))
     x, _ = embed(pixels, data.evaluation(images), workers=data.num_workers)
@@ -112,7 +117,8 @@ def pixels(images: Tensor) -> Float[Tensor, "b d"]:
 
 
 @torch.no_grad()
-def _measured(encode: Callable[[Tensor], dict[str, Tensor]], data: ShardData) -> Views:
-    # An input of the data itself: pixels, values of signals or tokens.
-    features = encode(data.evaluation(data.index)[0]["input"][None])
-    return Views(encode, {name: feature.shape[1] for name, feature in features.items()})
+def _measured(encode: Callable[[Tensor], dict[str, Tensor]], data: ShardData) -> FeatureSets:
+    """The feature sets with their widths, which one sample of the data shows."""
+    sample = data.evaluation(data.index)[0]["input"]
+    features = encode(sample[None])
+    return FeatureSets(encode, {name: feature.shape[1] for name, feature in features.items()})

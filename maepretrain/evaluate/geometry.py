@@ -9,16 +9,11 @@ Axes: b samples, c channels, *size sides, v = c x sides, d numbers of a code, k 
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
-import matplotlib
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from jaxtyping import Float
 from sklearn.decomposition import PCA
 from sklearn.manifold import MDS, Isomap
 from torch import Tensor
@@ -177,78 +172,3 @@ def flat_map(
         maker = Isomap(n_components=2, n_neighbors=neighbours)
     points = maker.fit_transform(x.flatten(1).double().numpy())
     return torch.from_numpy(np.asarray(points)).float()
-
-
-def draw_field(
-    path: Path,
-    points: Float[Tensor, "n 2"],
-    field: Float[Tensor, "n 2"],
-    data: Float[Tensor, "m 2"],
-    title: str,
-) -> None:
-    """Arrows of a vector field over the samples that it was learnt from, as PNG."""
-    figure = Figure(figsize=(6, 6), dpi=100, layout="constrained")
-    ax = figure.subplots()
-    ax.scatter(*data.T.numpy(), s=4, color="tab:orange")
-    arrows = (*points.T.numpy(), *field.T.numpy())
-    ax.quiver(*arrows, angles="xy", scale_units="xy", scale=1, width=0.003, color="tab:blue")
-    ax.set(aspect="equal", title=title)
-    _save(figure, path)
-
-
-def draw_rows(path: Path, rows: dict[str, Float[Tensor, "n c h w"]], symmetric: bool) -> None:
-    """Rows of images, one row a name, as PNG.
-
-    Args:
-        path: where the PNG goes; its folder is made.
-        rows: images of one channel; all rows are of one length.
-        symmetric: colour around 0, each image by its own largest value (directions), not gray
-            values in 0..1 (images).
-    """
-    n = len(next(iter(rows.values())))
-    figure = Figure(figsize=(1.4 + n, 1.1 * len(rows)), dpi=100, layout="constrained")
-    grid = figure.subplots(len(rows), n, squeeze=False)
-    for (name, images), line in zip(rows.items(), grid, strict=True):
-        for image, ax in zip(images, line, strict=True):
-            _show(ax, image[0], symmetric)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    _save(figure, path)
-
-
-def _show(ax: Axes, pixels: Float[Tensor, "h w"], symmetric: bool) -> None:
-    high = float(pixels.abs().max()) or 1.0
-    low, high, colours = (-high, high, "RdBu") if symmetric else (0.0, 1.0, "gray")
-    ax.imshow(pixels.detach().numpy(), cmap=colours, vmin=low, vmax=high)
-    ax.set(xticks=[], yticks=[])
-
-
-def draw_maps(
-    path: Path, maps: dict[str, Float[Tensor, "n 2"]], labels: Int64[Tensor, "n"]
-) -> None:
-    """Flat maps side by side, coloured by class, as PNG."""
-    figure = Figure(figsize=(4 * len(maps), 4), dpi=100, layout="constrained")
-    colours = matplotlib.colormaps["tab10"]
-    for ax, (name, points) in zip(
-        figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True
-    ):
-        ax.scatter(*points.T.numpy(), c=labels.numpy(), cmap=colours, s=5)
-        ax.set(xticks=[], yticks=[], title=name)
-    _save(figure, path)
-
-
-def draw_lines(
-    path: Path, lines: dict[str, Shaped[Tensor, "n"]], x: Shaped[Tensor, "n"], axes: tuple[str, str]
-) -> None:
-    """Curves over one logarithmic axis, as PNG."""
-    figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
-    ax = figure.subplots()
-    for name, y in lines.items():
-        ax.semilogx(x.numpy(), y.detach().numpy(), label=name)
-    ax.set(xlabel=axes[0], ylabel=axes[1])
-    ax.legend()
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)

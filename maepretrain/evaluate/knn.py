@@ -6,18 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from maepretrain.data.module import ShardData
+from maepretrain.evaluate.feature_files import FeatureFiles
 from maepretrain.evaluate.feature_sets import OUTPUT
-from maepretrain.evaluate.features import CHUNK, FeatureFiles, Processes
-from maepretrain.evaluate.frozen_features import Frozen, LabelledSets, Outcome, Rows
+from maepretrain.evaluate.features import CHUNK
+from maepretrain.evaluate.frozen_features import (
+    PRETRAINED,
+    FrozenEvaluation,
+    Outcome,
+    ResultTable,
+    results_folder,
+)
+from maepretrain.evaluate.labelled_sets import LabelledSets
 from maepretrain.evaluate.neighbours import NeighbourSweep, nearest, vote
-from maepretrain.evaluate.options import evaluation_parser
+from maepretrain.evaluate.options import add_verbose, details, evaluation_parser
+from maepretrain.evaluate.processes import Processes
+from maepretrain.evaluate.result_lines import print_frozen
 from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.randomness import permutation
-from maepretrain.ranks import say
+from maepretrain.ranks import say, say_detail
 from maepretrain.runs.results import scores
 
 
@@ -34,7 +44,7 @@ def knn(
     tsne: bool = False,
     batch: int = 256,
     cache: Path | None = None,
-) -> Rows:
+) -> ResultTable:
     """Weighted k-NN on the encoder's output: k and temperature are chosen on the training set, each
     sample classified by all others, and tested once. Figures go to OUT/results.json, pictures to
     OUT/pictures.
@@ -61,26 +71,38 @@ def knn(
         ValueError: no encoder, no labels, no test shards, no folder for the results.
     """
     sets = LabelledSets(data, label_fraction, labels_per_class, seed, seeds, "k-NN")
-    frozen = Frozen("knn", encoder, data, sets, out, cache, batch)
+    evaluation = FrozenEvaluation("knn", encoder, data, sets, out=out, cache=cache, batch=batch)
     with Processes() as processes:
-        for row, views in frozen.views(processes.device, baselines):
-            with frozen.features(views, processes) as f:
+        rows = evaluation.feature_sets(processes.device, baselines=baselines)
+        for row, feature_sets in rows:
+            with evaluation.cached(row, feature_sets, processes) as features:
                 outcomes = []
                 for choice, one in zip(sets.choices, sets.seeds, strict=True):
-                    say(f"{row}, seed {one}")
-                    asked = (f.bank, f.test, choice, sets.classes, one, processes)
-                    outcomes.append(vote_on_test(neighbours, *asked))
-                frozen.add(row, outcomes, f)
-                if row == "pretrained":
-                    frozen.draw(outcomes[0], f.test, tsne)
-        return frozen.keep({"neighbours": vars(neighbours)})
+                    say_detail(f"{row}, seed {one}")
+                    outcomes.append(
+                        vote_on_test(
+                            neighbours,
+                            features.bank,
+                            features.test,
+                            choice,
+                            sets.classes,
+                            one,
+                            processes,
+                        )
+                    )
+                evaluation.add(row, outcomes, features)
+                if row == PRETRAINED:
+                    evaluation.draw(outcomes[0], features.test, tsne=tsne)
+        return evaluation.write({"neighbours": vars(neighbours)})
 
 
 class _Bank:
-    """The chosen samples' output features, chunk by chunk."""
+    """Output features of the labelled samples, chunk by chunk."""
 
     def __init__(self, files: FeatureFiles, choice: Int64[Tensor, "n"]) -> None:
-        self.files, self.choice, self.labels = files, choice, files.labels[choice]
+        self.files = files
+        self.choice = choice
+        self.labels = files.labels[choice]
 
     def __iter__(self) -> Iterator[Tensor]:
         for numbers in self.choice.split(CHUNK):
@@ -105,22 +127,31 @@ def vote_on_test(
         test: features of the test samples.
         choice: the labelled ones among the training samples.
         classes: how many there are.
-        seed: which training samples are asked.
+        seed: which training samples are queries of the choice.
         processes: who shares the work.
     """
-    bank, mine = _Bank(files, choice), processes.share(len(test))
+    bank = _Bank(files, choice)
     k, temperature, accuracy = _choose(sweep, bank, classes, seed, processes)
-    answers = []
-    for numbers in torch.arange(mine.start, mine.stop).split(CHUNK):
+    share = processes.share(len(test))
+    votes = []
+    for numbers in torch.arange(share.start, share.stop).split(CHUNK):
         query = test.rows(numbers, OUTPUT).to(processes.device)
-        cosine, found = (x.cpu() for x in nearest(query, bank, k))
-        answers.append(vote(cosine, bank.labels[found], classes, k, temperature).max(1))
-    parts = [answer for part in processes.all(answers) for answer in part]
-    predicted = torch.cat([answer[1] for answer in parts])
-    confidence = torch.cat([answer[0] for answer in parts])
+        cosine, labels = _neighbours(query, bank, k)
+        votes.append(vote(cosine, labels, classes, k, temperature).max(1))
+    votes = [chunk for of_rank in processes.all(votes) for chunk in of_rank]
+    confidence = torch.cat([chunk[0] for chunk in votes])
+    predicted = torch.cat([chunk[1] for chunk in votes])
     figures = scores(predicted, test.labels, classes)
     chosen = {"k": k, "temperature": temperature, "accuracy_choosing": accuracy}
     return Outcome(figures, predicted, confidence, OUTPUT, chosen)
+
+
+def _neighbours(
+    query: Float[Tensor, "q d"], bank: _Bank, k: int, own: Int64[Tensor, "q"] | None = None
+) -> tuple[Float[Tensor, "q k"], Int64[Tensor, "q k"]]:
+    """Cosine and label of the k nearest samples of the bank, on the CPU."""
+    cosine, numbers = nearest(query, bank, k, own)
+    return cosine.cpu(), bank.labels[numbers.cpu()]
 
 
 def _choose(
@@ -128,25 +159,28 @@ def _choose(
 ) -> tuple[int, float, float]:
     """(k, temperature, accuracy) that classify training samples best, each by all others."""
     ks = sweep.fitting(len(bank.labels))
-    asked = permutation(seed, "knn", len(bank.labels))[: sweep.choose_on]
-    mine = processes.share(len(asked))
-    counts = torch.zeros(len(ks), len(sweep.temperatures), dtype=torch.int64)
-    for own in asked[mine.start : mine.stop].split(CHUNK):
+    queries = permutation(seed, "knn", len(bank.labels))[: sweep.choose_on]
+    share = processes.share(len(queries))
+    correct = torch.zeros(len(ks), len(sweep.temperatures), dtype=torch.int64)
+    for own in queries[share.start : share.stop].split(CHUNK):
         query = bank.files.rows(bank.choice[own], OUTPUT).to(processes.device)
-        cosine, found = (x.cpu() for x in nearest(query, bank, ks[-1], own.to(query.device)))
-        counts += sweep.count(cosine, bank.labels[found], bank.labels[own], classes, ks)
-    total = torch.stack(processes.all(counts)).sum(0)
+        cosine, labels = _neighbours(query, bank, ks[-1], own.to(query.device))
+        correct += sweep.count_correct(cosine, labels, bank.labels[own], classes, ks)
+    total = torch.stack(processes.all(correct)).sum(0)
     i, j = divmod(int(total.argmax()), len(sweep.temperatures))
-    accuracy = float(total[i, j]) / len(asked)
-    say(
-        f"  k-NN        k {ks[i]} of {', '.join(map(str, ks))}; temperature "
-        f"{sweep.temperatures[j]:g} of {', '.join(f'{t:g}' for t in sweep.temperatures)}: "
-        f"{accuracy:.4f}\n              on {len(asked):,} training samples, each left out of the "
-        "bank in turn"
+    k = ks[i]
+    temperature = sweep.temperatures[j]
+    accuracy = float(total[i, j]) / len(queries)
+    tried_ks = ", ".join(str(k) for k in ks)
+    tried_temperatures = ", ".join(f"{t:g}" for t in sweep.temperatures)
+    say_detail(
+        f"  k-NN        k {k} of {tried_ks}; temperature {temperature:g} of "
+        f"{tried_temperatures}: {accuracy:.4f}\n"
+        f"              on {len(queries):,} training samples, each left out of the bank in turn"
     )
-    if len(ks) > 1 and i == len(ks) - 1:
-        say(f"  WARNING     k {ks[i]} is the largest that was tried: widen --neighbours.ks")
-    return ks[i], sweep.temperatures[j], accuracy
+    if len(ks) > 1 and k == ks[-1]:
+        say(f"  WARNING     k {k} is the largest that was tried: widen --neighbours.ks")
+    return k, temperature, accuracy
 
 
 def knn_parser(parser: Any) -> Any:
@@ -158,5 +192,10 @@ def knn_parser(parser: Any) -> Any:
 
 def knn_command(argv: list[str]) -> int:
     """The verb `knn`."""
-    knn(**parse(knn_parser(make_parser("knn")), argv))
+    parser = knn_parser(make_parser("knn"))
+    add_verbose(parser)
+    arguments = parse(parser, argv)
+    with details(shown=arguments.pop("verbose")):
+        knn(**arguments)
+    print_frozen(results_folder(arguments["encoder"], arguments["out"]), "knn")
     return 0

@@ -9,7 +9,7 @@ from torch import Tensor
 from maepretrain.data.module import ShardData
 from maepretrain.data.samples import ShardIndex
 from maepretrain.evaluate.features import embed
-from maepretrain.evaluate.heads import linear_probe
+from maepretrain.evaluate.linear_sweep import linear_probe
 from maepretrain.evaluate.neighbours import knn_accuracy
 from maepretrain.randomness import permutation
 from maepretrain.ranks import run_on_all

@@ -137,7 +137,7 @@ class NeighbourSweep:
             raise ValueError(f"k-NN with k {self.ks[0]} needs more than {bank} labelled samples")
         return fitting
 
-    def count(
+    def count_correct(
         self,
         cosine: Float[Tensor, "q k"],
         neighbours: Int64[Tensor, "q k"],
@@ -145,7 +145,7 @@ class NeighbourSweep:
         classes: int,
         ks: tuple[int, ...],
     ) -> Int64[Tensor, "ks temperatures"]:
-        """How many queries each k and temperature classifies rightly."""
+        """Correctly classified queries of each k and temperature."""
         counts = torch.zeros(len(ks), len(self.temperatures), dtype=torch.int64)
         for i, k in enumerate(ks):
             for j, temperature in enumerate(self.temperatures):

@@ -12,16 +12,26 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from maepretrain.data.module import ShardData
-from maepretrain.evaluate.feature_sets import Pool
-from maepretrain.evaluate.features import FeatureFiles, Processes
-from maepretrain.evaluate.frozen_features import Frozen, LabelledSets, Outcome, Rows
-from maepretrain.evaluate.heads import Head, LinearSweep, pooled, predictions
+from maepretrain.evaluate.feature_files import FeatureFiles
+from maepretrain.evaluate.feature_sets import BlockPool
+from maepretrain.evaluate.frozen_features import (
+    PRETRAINED,
+    FrozenEvaluation,
+    Outcome,
+    ResultTable,
+    results_folder,
+)
 from maepretrain.evaluate.knn import vote_on_test
+from maepretrain.evaluate.labelled_sets import LabelledSets
 from maepretrain.evaluate.labels import folds_for_choosing
+from maepretrain.evaluate.linear_heads import predictions
+from maepretrain.evaluate.linear_sweep import LinearSweep, ScoredHead, mean_over_folds
 from maepretrain.evaluate.neighbours import NeighbourSweep
-from maepretrain.evaluate.options import evaluation_parser
+from maepretrain.evaluate.options import add_verbose, details, evaluation_parser
+from maepretrain.evaluate.processes import Processes
+from maepretrain.evaluate.result_lines import print_frozen
 from maepretrain.parsing.parser import make_parser, parse
-from maepretrain.ranks import say
+from maepretrain.ranks import say, say_detail
 from maepretrain.runs.results import scores, spread
 
 
@@ -32,7 +42,7 @@ def probe(
     neighbours: NeighbourSweep,
     out: Path | None = None,
     blocks: list[int] | None = None,
-    pools: tuple[Pool, ...] = ("mean", "cls", "last4"),
+    pools: tuple[BlockPool, ...] = ("mean", "cls", "last4"),
     baselines: bool = False,
     label_fraction: float = 1.0,
     labels_per_class: int | None = None,
@@ -41,10 +51,10 @@ def probe(
     tsne: bool = False,
     batch: int = 256,
     cache: Path | None = None,
-) -> Rows:
-    """Linear probe and k-NN of frozen features: heads for every view of the features and setting
-    are trained at once, the best is chosen on held-out parts of the training set, trained again on
-    all of it and tested once. Figures go to OUT/results.json, pictures to OUT/pictures.
+) -> ResultTable:
+    """Linear probe and k-NN of frozen features. Heads for every feature set and setting are trained
+    at once, the best is chosen on held-out shares of the training set, trained again on all of it
+    and tested once. Figures go to OUT/results.json, pictures to OUT/pictures.
 
     Args:
         encoder: a run folder, a file of weights, or timm:NAME.
@@ -52,9 +62,9 @@ def probe(
         sweep: how heads are trained and chosen.
         neighbours: what k-NN tries.
         out: folder of the results. Default the run folder.
-        blocks: whose outputs are views, 0 the first, -1 the last. Default all.
+        blocks: whose outputs are feature sets, 0 the first, -1 the last. Default all.
         pools: of the blocks: mean of the patches, class token, and the mean of the last four
-            blocks side by side. The encoder's own output is always a view.
+            blocks side by side. The encoder's own output is always a feature set.
         baselines: also the same encoder at random initial values, raw pixels and PCA.
         label_fraction: class-balanced share of the training labels to use.
         labels_per_class: as many training labels of every class.
@@ -73,25 +83,30 @@ def probe(
             batch larger than the set.
     """
     sets = LabelledSets(data, label_fraction, labels_per_class, seed, seeds, "a probe")
-    frozen = Frozen("probe", encoder, data, sets, out, cache, batch)
+    evaluation = FrozenEvaluation("probe", encoder, data, sets, out=out, cache=cache, batch=batch)
     with Processes() as processes:
-        for row, views in frozen.views(processes.device, baselines, pools, blocks):
-            with frozen.features(views, processes) as f:
-                outcomes, knn = [], []
+        rows = evaluation.feature_sets(
+            processes.device, baselines=baselines, pools=pools, blocks=blocks
+        )
+        for row, feature_sets in rows:
+            with evaluation.cached(row, feature_sets, processes) as features:
+                linear: list[Outcome] = []
+                knn: list[Outcome] = []
                 for choice, one in zip(sets.choices, sets.seeds, strict=True):
-                    say(f"{row}, seed {one}")
-                    probed = (f.bank, f.test, choice, sets.classes, one, processes)
-                    outcomes.append(_probe_once(sweep, *probed))
+                    say_detail(f"{row}, seed {one}")
+                    probed = (features.bank, features.test, choice, sets.classes, one, processes)
+                    linear.append(_probe_once(sweep, *probed, task=f"{row}: linear heads"))
                     knn.append(vote_on_test(neighbours, *probed))
-                frozen.add(row, outcomes, f)
-                frozen.rows[row] |= _knn_column(knn)
-                if row == "pretrained":
-                    frozen.draw(outcomes[0], f.test, tsne)
+                evaluation.add(row, linear, features)
+                evaluation.rows[row] |= _knn_columns(knn)
+                if row == PRETRAINED:
+                    evaluation.draw(linear[0], features.test, tsne=tsne)
         recipe = {"sweep": vars(sweep), "neighbours": vars(neighbours)}
-        return frozen.keep(recipe | {"pools": pools, "blocks": blocks})
+        return evaluation.write(recipe | {"pools": pools, "blocks": blocks})
 
 
-def _knn_column(outcomes: list[Outcome]) -> dict[str, Any]:
+def _knn_columns(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Figures of k-NN in a row of the linear probe."""
     figures = spread([{"knn": o.figures["top1"], "n": o.figures["n"]} for o in outcomes])
     del figures["n"]
     return figures | {"knn_chosen": [outcome.chosen for outcome in outcomes]}
@@ -105,35 +120,42 @@ def _probe_once(
     classes: int,
     seed: int,
     processes: Processes,
+    task: str,
 ) -> Outcome:
-    """Choose the head on parts of the training set, train it on all of it, test it."""
-    ranking = _compare(sweep, bank, choice, classes, seed, processes)
-    best = ranking[0]
+    """Choose the head on shares of the training set, train it on all of it, test it."""
+    best = _rank(sweep, bank, choice, classes, seed, processes, task)[0]
+    name = best.feature_set
     final = sweep.fit(
-        lambda i: bank.rows(choice[i], best.view),
-        {best.view: bank.widths[best.view]},
+        lambda i: bank.rows(choice[i], name),
+        {name: bank.widths[name]},
         bank.labels[choice],
         classes,
         seed,
-        ((best.lr, best.penalty),),
-        processes.device,
+        settings=((best.lr, best.penalty),),
+        device=processes.device,
     )
-    answers = predictions(final, lambda i: test.rows(i, best.view), len(test))
-    logits = torch.cat([y[best.view][:, 0].cpu() for _, y in answers])
+    chunks = predictions(final, lambda i: test.rows(i, name), len(test))
+    logits = torch.cat([chunk[name][:, 0].cpu() for _, chunk in chunks])
     confidence, predicted = logits.softmax(1).max(1)
-    chosen = {"view": best.view, "lr": best.lr, "penalty": best.penalty}
-    chosen |= {"accuracy_choosing": best.accuracy}
-    return Outcome(scores(logits, test.labels, classes), predicted, confidence, best.view, chosen)
+    chosen = {
+        "view": name,
+        "lr": best.lr,
+        "penalty": best.penalty,
+        "accuracy_choosing": best.accuracy,
+    }
+    figures = scores(logits, test.labels, classes)
+    return Outcome(figures, predicted, confidence, name, chosen)
 
 
-def _compare(
+def _rank(
     sweep: LinearSweep,
     bank: FeatureFiles,
     choice: Int64[Tensor, "n"],
     classes: int,
     seed: int,
     processes: Processes,
-) -> list[Head]:
+    task: str,
+) -> list[ScoredHead]:
     """All heads, fitted on a part of the training set and ranked on the rest, the best first; on
     several such splits where the rest is small.
 
@@ -142,56 +164,76 @@ def _compare(
     """
     folds = folds_for_choosing(bank.labels[choice], sweep.choose_on, seed, sweep.choose_on_samples)
     settings = sweep.settings[processes.rank :: processes.world_size]
-    found: list[tuple[int, list[Head]]] = []
-    for fit, hold in folds if settings else []:
-        fitted, held = choice[fit], choice[hold]
+    scored: list[tuple[int, list[ScoredHead]]] = []
+    for number, (fit, hold) in enumerate(folds if settings else [], start=1):
+        fitted = choice[fit]
+        held_out = choice[hold]
         heads = sweep.fit(
             lambda i, fitted=fitted: bank.rows(fitted[i]),
             bank.widths,
             bank.labels[fitted],
             classes,
             seed,
-            settings,
-            processes.device,
+            settings=settings,
+            device=processes.device,
+            task=f"{task}, split {number} of {len(folds)}",
         )
-        ranking = sweep.rank(heads, lambda i, held=held: bank.rows(held[i]), bank.labels[held])
-        found.append((len(held), ranking))
-    parts = [part for part in processes.all(found) if part]
-    # Fold by fold, the heads of all processes.
-    ranking = pooled(
-        [
-            (each[0][0], [head for _, heads in each for head in heads])
-            for each in zip(*parts, strict=True)
-        ]
+        rows = lambda i, held_out=held_out: bank.rows(held_out[i])  # noqa: E731
+        scored.append((len(held_out), sweep.rank(heads, rows, bank.labels[held_out])))
+    ranking = mean_over_folds(_joined(processes.all(scored)))
+    audit(
+        sweep,
+        ranking,
+        feature_sets=len(bank.widths),
+        labelled=len(choice),
+        held_out=[len(hold) for _, hold in folds],
     )
-    audit(sweep, ranking, len(bank.widths), len(choice), [len(hold) for _, hold in folds])
     return ranking
 
 
+def _joined(
+    of_ranks: list[list[tuple[int, list[ScoredHead]]]],
+) -> list[tuple[int, list[ScoredHead]]]:
+    """Fold by fold, the heads of all processes; a process without settings has no folds."""
+    joined = []
+    for fold in zip(*[scored for scored in of_ranks if scored], strict=True):
+        heads = [head for _, of_rank in fold for head in of_rank]
+        joined.append((fold[0][0], heads))
+    return joined
+
+
 def audit(
-    sweep: LinearSweep, ranking: list[Head], views: int, labelled: int, held: list[int]
+    sweep: LinearSweep,
+    ranking: list[ScoredHead],
+    *,
+    feature_sets: int,
+    labelled: int,
+    held_out: list[int],
 ) -> None:
-    """Print what was applied, and whether the grid was wide enough.
+    """Print the settings that were applied, and warn where the grid was too narrow.
 
     Args:
         sweep: how the heads were trained.
         ranking: all heads, the best first.
-        views: of the features.
+        feature_sets: how many there are.
         labelled: samples of the training set.
-        held: how many of them each fold held out to rank on.
+        held_out: samples that each fold held out to rank on.
     """
-    best, fitted = ranking[0], labelled - held[0]
+    best = ranking[0]
+    fitted = labelled - held_out[0]
     batch, steps = sweep.length(fitted)
-    lrs, penalties = (", ".join(f"{x:g}" for x in grid) for grid in (sweep.lrs, sweep.penalties))
-    folds = f" in {len(held)} folds" if len(held) > 1 else ""
-    say(
-        f"  heads       {len(ranking)} = {views} views x {len(sweep.lrs)} lrs ({lrs}) x "
-        f"{len(sweep.penalties)} penalties ({penalties})\n"
+    epochs = steps / math.ceil(fitted / batch)
+    lrs = ", ".join(f"{lr:g}" for lr in sweep.lrs)
+    penalties = ", ".join(f"{penalty:g}" for penalty in sweep.penalties)
+    folds = f" in {len(held_out)} folds" if len(held_out) > 1 else ""
+    say_detail(
+        f"  heads       {len(ranking)} = {feature_sets} feature sets x {len(sweep.lrs)} lrs "
+        f"({lrs}) x {len(sweep.penalties)} penalties ({penalties})\n"
         f"  training    features standardised by {fitted:,} samples, Adam, batch {batch}, "
-        f"{steps:,} steps\n              "
-        f"({steps / math.ceil(fitted / batch):.4g} epochs), cosine to 0\n"
-        f"  chosen      {best.view}, lr {best.lr:g}, penalty {best.penalty:g}: "
-        f"{best.accuracy:.4f} on {sum(held):,} training samples held out{folds};\n"
+        f"{steps:,} steps\n"
+        f"              ({epochs:.4g} epochs), cosine to 0\n"
+        f"  chosen      {best.feature_set}, lr {best.lr:g}, penalty {best.penalty:g}: "
+        f"{best.accuracy:.4f} on {sum(held_out):,} training samples held out{folds};\n"
         f"              trained again on all {labelled:,}"
     )
     for edge in sweep.edges(ranking):
@@ -208,5 +250,10 @@ def probe_parser(parser: Any) -> Any:
 
 def probe_command(argv: list[str]) -> int:
     """The verb `probe`."""
-    probe(**parse(probe_parser(make_parser("probe")), argv))
+    parser = probe_parser(make_parser("probe"))
+    add_verbose(parser)
+    arguments = parse(parser, argv)
+    with details(shown=arguments.pop("verbose")):
+        probe(**arguments)
+    print_frozen(results_folder(arguments["encoder"], arguments["out"]), "probe")
     return 0

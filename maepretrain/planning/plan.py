@@ -42,8 +42,10 @@ from maepretrain.data.module import ShardData
 from maepretrain.data.normalise import Normalise
 from maepretrain.data.order import EpochOrder
 from maepretrain.data.sampler import RunSampler
-from maepretrain.evaluate.classifier import Finetuned, Head, choose_layers
+from maepretrain.evaluate.classifier import EncoderWithHead
+from maepretrain.evaluate.classifier_head import ClassifierHead
 from maepretrain.evaluate.finetune import finetune_parser
+from maepretrain.evaluate.trained_layers import choose_layers
 from maepretrain.models.flops import Flops, flops, imitate, peak_of
 from maepretrain.models.mae.decoders import CrossBlock
 from maepretrain.models.protocol import TrainsPositions, as_taken, declared
@@ -482,9 +484,9 @@ def _finetuned(config: Any) -> Callable[[], nn.Module]:
         if trained == -1 and isinstance(model, TrainsPositions):
             model.train_positions()
         code = cast(Any, model).encode(torch.zeros(1, *data.shape))
-        head = Head(code.shape[1], config.classes, config.head, config.pool, config.heads)
+        head = ClassifierHead(code.shape[1], config.classes, config.head, config.pool, config.heads)
         choose_layers(model, head, trained)
-        return Finetuned(model, head).train()  # loaded encoders come in eval mode
+        return EncoderWithHead(model, head).train()  # loaded encoders come in eval mode
 
     return build
 

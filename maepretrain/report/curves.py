@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from maepretrain.data.errors import printable
-from maepretrain.plots import COLOURS, Line, curve_panel
+from maepretrain.plots.curves import COLOURS, Line, curve_panel
 from maepretrain.report.document import Element, Picture, PictureGroup, SideBySide, Text
 from maepretrain.report.pictures import data_uri
 from maepretrain.report.records import Points, Record, names_of

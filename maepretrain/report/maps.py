@@ -16,7 +16,7 @@ from maepretrain.evaluate.features import embed
 from maepretrain.evaluate.options import evaluation_parser
 from maepretrain.parsing.errors import UserError, one_line
 from maepretrain.parsing.parser import make_parser, parse
-from maepretrain.plots import embedding_map
+from maepretrain.plots.maps import embedding_map
 from maepretrain.report.document import Element, Picture, PictureGroup, Text
 from maepretrain.report.evaluations import EVALUATORS
 from maepretrain.report.pictures import read_picture, side_by_side

@@ -109,17 +109,18 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
-def print_table(rows: dict[str, dict[str, Any]]) -> None:
-    """The table for people, and the recipes under it; columns that no row fills are left out.
+def print_table(rows: dict[str, dict[str, Any]], *, recipes: bool = True) -> None:
+    """Print the table for people; columns that no row fills are left out.
 
     Args:
         rows: name of the features -> figures as `spread` gives them (top1, top1_std, ...), with
             `knn`, `seeds`, `recipe`, `minutes` and `img_per_s` where they are known.
+        recipes: print those of the rows under it.
     """
     shown = {k: name for k, name in COLUMNS.items() if any(k in row for row in rows.values())}
     console = print_columns("features", shown, rows, cell_text)
     for name, row in rows.items():
-        if "recipe" in row:
+        if recipes and "recipe" in row:
             console.print(f"  {name}: {row['recipe']}", highlight=False, markup=False)
 
 

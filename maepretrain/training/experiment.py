@@ -57,6 +57,7 @@ def run_experiment(function: Any, parser: ArgumentParser, argv: list[str]) -> in
     allow_bare_flags(parser)
     config = parser.parse_args(argv)
     config.pop("config", None)
+    config.pop("verbose", None)
     # Every value, null too: what is left out would be read back as the default.
     resolved = parser.dump(config, skip_unset=False)
     torch.manual_seed(config.seed)

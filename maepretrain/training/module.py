@@ -15,7 +15,7 @@ from maepretrain.data.batch import Batch
 from maepretrain.data.module import ShardData
 from maepretrain.data.normalise import Normalise
 from maepretrain.lightning_internals import repeat_validation, set_logged_step, set_progress
-from maepretrain.ranks import say
+from maepretrain.ranks import say, say_detail
 from maepretrain.strategies.fsdp2 import FSDP2
 from maepretrain.training.callbacks.last_checkpoint import VALIDATION_IS_DUE
 from maepretrain.training.optimizer import Group, Optimization, check_groups, describe
@@ -74,7 +74,7 @@ class TrainingModule(L.LightningModule):
         self.applied |= lines
         for name, text in lines.items():
             indented = text.replace("\n", "\n" + 14 * " ")
-            say(f"{name:<13} {indented}")
+            say_detail(f"{name:<13} {indented}")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         self.optim.check_strategy(type(self.trainer.strategy).__name__)

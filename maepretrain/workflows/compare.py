@@ -22,13 +22,13 @@ from maepretrain.data.module import ShardData
 from maepretrain.data.normalise import Normalise
 from maepretrain.evaluate.features import embed
 from maepretrain.evaluate.finetune import finetune, finetune_parser
-from maepretrain.evaluate.options import OF_TRAINING
+from maepretrain.evaluate.options import TRAINING_ONLY
 from maepretrain.evaluate.probe import probe, probe_parser
 from maepretrain.files import replacing
 from maepretrain.parsing.configs import config_words, find_config
 from maepretrain.parsing.errors import UserError
 from maepretrain.parsing.parser import allow_bare_flags, make_parser
-from maepretrain.plots import reconstruction_grid
+from maepretrain.plots.images import reconstruction_grid
 from maepretrain.ranks import quiet_lightning, say
 from maepretrain.runs.results import print_columns, spread, write_results
 from maepretrain.training.experiment import run_experiment
@@ -247,7 +247,7 @@ def _evaluation_data(run: Path) -> ShardData:
     """The run's data without what belongs to its training."""
     parser = pretrain_parser(make_parser("compare"))
     config = parser.parse_path(str(run / "config.yaml"))
-    known = {k: v for k, v in config.data.as_dict().items() if k not in OF_TRAINING}
+    known = {k: v for k, v in config.data.as_dict().items() if k not in TRAINING_ONLY}
     return ShardData(**known, global_batch=1)
 
 

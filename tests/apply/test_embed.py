@@ -14,7 +14,7 @@ from PIL import Image
 
 from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.data.images import resize
-from maepretrain.plots import embedding_map
+from maepretrain.plots.maps import embedding_map
 from maepretrain.workflows.quickstart import digits
 
 Run = Callable[..., int]

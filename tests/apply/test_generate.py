@@ -12,7 +12,7 @@ from PIL import Image
 from maepretrain.apply.generate import interpolate, sample, traverse
 from maepretrain.apply.inputs import parse_application
 from maepretrain.checkpoints.encoders import load_encoder
-from maepretrain.plots import tiles
+from maepretrain.plots.images import tiles
 from maepretrain.workflows.quickstart import digits
 
 Run = Callable[..., int]

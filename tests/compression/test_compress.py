@@ -22,7 +22,7 @@ from maepretrain.checkpoints.packing import Shared, eight_bits, from_runs, pack,
 from maepretrain.checkpoints.weights import read_state
 from maepretrain.compression.pruning import Pruning
 from maepretrain.compression.sharing import centroid_gradient, share, unshare
-from maepretrain.evaluate.classifier import Head
+from maepretrain.evaluate.classifier_head import ClassifierHead
 
 Run = Callable[..., int]
 SHORT = [
@@ -312,7 +312,7 @@ def compressed(tuned: Path) -> Path:
 
 
 def logits(weights: dict[str, torch.Tensor], model: Any, images: torch.Tensor) -> torch.Tensor:
-    head = Head(model.width, 10)
+    head = ClassifierHead(model.width, 10)
     head.load_state_dict({k[5:]: v for k, v in weights.items() if k.startswith("head.")})
     with torch.no_grad():
         return head(head.features(model, images))

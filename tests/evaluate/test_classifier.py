@@ -11,13 +11,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from maepretrain.data.module import ShardData
-from maepretrain.evaluate.classifier import (
-    BatchNorm,
-    Classifier,
-    Head,
-    choose_layers,
-    set_drop_path,
-)
+from maepretrain.evaluate.classifier import Classifier
+from maepretrain.evaluate.classifier_head import BatchNorm, ClassifierHead
+from maepretrain.evaluate.drop_path import set_drop_path
+from maepretrain.evaluate.trained_layers import choose_layers
 from maepretrain.models.mae.model import MaskedAutoencoder
 from maepretrain.training.optimizer import Optimization
 
@@ -101,7 +98,7 @@ def test_batchnorm_on_two_processes_with_unequal_counts_equals_one(tmp_path: Pat
 def test_attentive_head_by_hand() -> None:
     """One learned query per head: softmax(q k / sqrt(d / h)) v, projected, then an MLP."""
     torch.manual_seed(0)
-    encoder, head = model().eval(), Head(32, 5, "attentive", heads=4)
+    encoder, head = model().eval(), ClassifierHead(32, 5, "attentive", heads=4)
     pool = cast(Any, head.norm)
     nn.init.normal_(head.linear.weight)
     tokens = head.features(encoder, images())
@@ -121,7 +118,7 @@ def test_attentive_head_by_hand() -> None:
 
 def test_fc_norm_takes_the_place_of_the_final_norm_as_in_the_official_code() -> None:
     """facebookresearch/mae's models_vit.py, global_pool: blocks, mean of the patches, fc_norm."""
-    encoder, head = model().eval(), Head(32, 5, "fc_norm")
+    encoder, head = model().eval(), ClassifierHead(32, 5, "fc_norm")
     nn.init.normal_(head.linear.weight)
     vit = encoder.encoder
     tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images())))
@@ -136,17 +133,19 @@ def test_linear_head_pools_after_the_norm(pool: Any) -> None:
     encoder = model().eval()
     tokens = encoder.encoder.forward_features(images())
     expected = tokens[:, 1:].mean(1) if pool == "mean" else tokens[:, 0]
-    found = Head(32, 5, "linear", pool).features(encoder, images())
+    found = ClassifierHead(32, 5, "linear", pool).features(encoder, images())
     assert torch.allclose(found, expected, atol=1e-6)
 
 
 def test_initial_values_of_the_probe() -> None:
     torch.manual_seed(0)
-    assert float(Head(768, 1000, "batchnorm").linear.weight.detach().std()) == pytest.approx(
-        0.01, rel=0.01
+    assert float(
+        ClassifierHead(768, 1000, "batchnorm").linear.weight.detach().std()
+    ) == pytest.approx(0.01, rel=0.01)
+    assert float(ClassifierHead(768, 1000).linear.weight.detach().std()) == pytest.approx(
+        2e-5, rel=0.01
     )
-    assert float(Head(768, 1000).linear.weight.detach().std()) == pytest.approx(2e-5, rel=0.01)
-    assert not Head(768, 10, "batchnorm").linear.bias.any()
+    assert not ClassifierHead(768, 10, "batchnorm").linear.bias.any()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +158,7 @@ def test_initial_values_of_the_probe() -> None:
 )
 def test_trained_layers(head: Any, blocks: int, first: int, last: int) -> None:
     encoder = model()
-    choose_layers(encoder, Head(32, 5, head), blocks)
+    choose_layers(encoder, ClassifierHead(32, 5, head), blocks)
     inside = {id(p) for layer in encoder.layers() for p in layer}
     for number, layer in enumerate(encoder.layers()):
         assert {p.requires_grad for p in layer} == {first <= number <= last}
@@ -167,9 +166,9 @@ def test_trained_layers(head: Any, blocks: int, first: int, last: int) -> None:
 
 
 def test_an_encoder_without_layers_can_only_be_frozen() -> None:
-    assert choose_layers(nn.Linear(2, 2), Head(2, 5), 0) == []
+    assert choose_layers(nn.Linear(2, 2), ClassifierHead(2, 5), 0) == []
     with pytest.raises(ValueError, match="Linear has no layers"):
-        choose_layers(nn.Linear(2, 2), Head(2, 5), -1)
+        choose_layers(nn.Linear(2, 2), ClassifierHead(2, 5), -1)
 
 
 def test_drop_path_rises_linearly_in_the_encoder_only() -> None:
@@ -195,7 +194,9 @@ def test_drop_path_without_blocks_is_refused() -> None:
 
 def test_modes_and_the_average_by_hand(data: ShardData) -> None:
     encoder = model().eval()  # as loaders give it
-    module = Classifier(encoder, Head(32, 10), Optimization(), data, 10, drop_path=0.5, ema=0.75)
+    module = Classifier(
+        encoder, ClassifierHead(32, 10), Optimization(), data, 10, drop_path=0.5, ema=0.75
+    )
     assert encoder.training  # else drop path does nothing
     assert module.ema is not None
     assert not any(m.training for m in module.ema.modules())
@@ -218,7 +219,12 @@ def test_modes_and_the_average_by_hand(data: ShardData) -> None:
 
 def test_a_frozen_encoder_stays_in_evaluation_mode_and_gets_no_graph(data: ShardData) -> None:
     module = Classifier(
-        model(), Head(32, 10, "batchnorm"), Optimization("lars"), data, 10, trained_blocks=0
+        model(),
+        ClassifierHead(32, 10, "batchnorm"),
+        Optimization("lars"),
+        data,
+        10,
+        trained_blocks=0,
     ).train()
     assert not module.model.training
     assert module.head.training

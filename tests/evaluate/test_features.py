@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from maepretrain.data.module import ShardData
+from maepretrain.evaluate.feature_files import feature_folder, write_features
 from maepretrain.evaluate.feature_sets import pixels
-from maepretrain.evaluate.features import Processes, embed, feature_folder, write_features
+from maepretrain.evaluate.features import embed
+from maepretrain.evaluate.processes import Processes
 from maepretrain.workflows.quickstart import digits
 
 

@@ -59,11 +59,19 @@ def changed(run: Path, encoder: Path) -> set[str]:
     return {name for name in common if not torch.equal(before[name], after[name])}
 
 
-def test_finetuning_a_run_beats_chance_and_says_so(tmp_path: Path, finetune: Run) -> None:
+def test_finetuning_a_run_beats_chance_and_says_so(
+    tmp_path: Path, finetune: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert finetune(tmp_path / "tuned", *LONG) == 0
     found = result(tmp_path / "tuned")
     assert found["top1"] > 0.4  # 50 images, chance .1
     assert (found["labels"], found["n"], found["seed"]) == (150, 50, 0)
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split("  ")[0] for line in lines] == ["fine-tuned", "recipe", "results"]
+    assert f"top-1 {found['top1']:.4f} on 50 held-out images, 150 labelled" in lines[0]
+    assert found["recipe"] in lines[1]
+    assert str(tmp_path / "tuned/results.json") in lines[2]
+    assert "verbose" not in (tmp_path / "tuned/config.yaml").read_text()
     names = {path.name for path in (tmp_path / "tuned/pictures").iterdir()}
     assert names == {"finetune-confusion.png", "finetune-most-confused.png"}
     few = [
@@ -97,7 +105,8 @@ def test_a_frozen_encoder_does_not_change_by_one_bit(
 def test_partial_tuning_trains_the_last_blocks_and_the_final_norm(
     tmp_path: Path, encoder: Path, finetune: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert finetune(tmp_path / "one", "--trained_blocks", 1, "--trainer.max_epochs", 2) == 0
+    short = ["--trained_blocks", 1, "--trainer.max_epochs", 2]
+    assert finetune(tmp_path / "one", *short, "--verbose") == 0
     last = [n for n in weights(encoder) if n.startswith(("model.encoder.blocks.1.",))]
     norm = ["model.encoder.norm.weight", "model.encoder.norm.bias"]
     assert changed(tmp_path / "one", encoder) == {*last, *norm}
@@ -264,7 +273,7 @@ def test_a_probe_on_three_processes_equals_one_and_counts_every_sample_once(
     probe += ["--optim.optimizer", "sgd", "--optim.base_lr", 3, "--trainer.max_epochs", 8]
     probe += ["--optim.weight_decay", 0, "--trainer.accelerator", "cpu"]
     assert finetune(tmp_path / "one", *probe) == 0
-    argv = ["finetune", *options(shards, encoder), "--run", tmp_path / "three", *probe]
+    argv = ["finetune", *options(shards, encoder), "--run", tmp_path / "three", *probe, "--verbose"]
     ranks = Ranks(tmp_path / "log", argv, 3)
     assert ranks.wait() == [0, 0, 0], ranks.output()
     one, three = weights(tmp_path / "one"), weights(tmp_path / "three")

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from maepretrain.evaluate.geometry import (
     across,
     decoder_tangents,
-    draw_maps,
     encoder_tangents,
     flat_map,
     interpolate,
@@ -29,6 +28,7 @@ from maepretrain.models.autoencoders.autoencoder import Autoencoder
 from maepretrain.models.autoencoders.coders import Convolutional, Dense
 from maepretrain.models.autoencoders.contractive import Contractive
 from maepretrain.models.autoencoders.denoising import Denoising
+from maepretrain.plots.geometry import draw_maps
 
 EXAMPLE = Path(__file__).parents[2] / "examples/geometry.py"
 

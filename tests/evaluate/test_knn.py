@@ -68,7 +68,7 @@ def test_leaving_one_out_equals_scikit_learns(k: int, temperature: float) -> Non
     assert predicted.tolist() == np.asarray(theirs).tolist()
     sweep = NeighbourSweep((1, k), (temperature, 5.0))
     fitting = sweep.fitting(120)
-    counts = sweep.count(cosine, labels[numbers], labels, 5, fitting)
+    counts = sweep.count_correct(cosine, labels[numbers], labels, 5, fitting)
     assert int(counts[fitting.index(k), 0]) == int((torch.from_numpy(theirs) == labels).sum())
 
 
@@ -105,7 +105,12 @@ def test_the_verb_equals_brute_force_on_the_same_features(
     from maepretrain.evaluate.features import embed
 
     options = ["--neighbours.ks", "[1,3,200]", "--neighbours.temperatures", "[0.02,0.2]"]
-    assert run_cli("knn", "--encoder", tiny_run, "--baselines", "--out", tmp_path, *options) == 0
+    assert (
+        run_cli(
+            "knn", "--encoder", tiny_run, "--baselines", "--verbose", "--out", tmp_path, *options
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "results.json").read_text())["knn"]["rows"]
     data = ShardData(f"{shards}/train-*.tar", f"{shards}/test-*.tar", global_batch=24,
                      image_size=16, channels=1, scale=None, mean=(0.0,), std=(1.0,))  # fmt: skip

@@ -17,10 +17,11 @@ from support.blobs import blobs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maepretrain.evaluate.features import Processes
-from maepretrain.evaluate.heads import Head, LinearSweep, linear_probe, moments, pooled
 from maepretrain.evaluate.labels import choose_labels, folds_for_choosing
+from maepretrain.evaluate.linear_heads import moments
+from maepretrain.evaluate.linear_sweep import LinearSweep, ScoredHead, linear_probe, mean_over_folds
 from maepretrain.evaluate.probe import audit
+from maepretrain.evaluate.processes import Processes
 from maepretrain.randomness import permutation
 from maepretrain.workflows.quickstart import digits
 
@@ -115,11 +116,11 @@ def test_few_labels_give_scikit_learns_solution(penalty: float) -> None:
 
 
 def test_folds_are_pooled_by_their_samples() -> None:
-    first = [Head("a", 0.1, 1.0, 0.5, 2.0), Head("b", 0.1, 1.0, 1.0, 1.0)]
-    second = [Head("b", 0.1, 1.0, 0.0, 9.0), Head("a", 0.1, 1.0, 0.9, 0.4)]
-    a, b = pooled([(30, first), (10, second)])
-    assert (a.view, a.accuracy, a.loss) == ("a", pytest.approx(0.6), pytest.approx(1.6))
-    assert (b.view, b.accuracy, b.loss) == ("b", pytest.approx(0.75), pytest.approx(3.0))
+    first = [ScoredHead("a", 0.1, 1.0, 0.5, 2.0), ScoredHead("b", 0.1, 1.0, 1.0, 1.0)]
+    second = [ScoredHead("b", 0.1, 1.0, 0.0, 9.0), ScoredHead("a", 0.1, 1.0, 0.9, 0.4)]
+    a, b = mean_over_folds([(30, first), (10, second)])
+    assert (a.feature_set, a.accuracy, a.loss) == ("a", pytest.approx(0.6), pytest.approx(1.6))
+    assert (b.feature_set, b.accuracy, b.loss) == ("b", pytest.approx(0.75), pytest.approx(3.0))
 
 
 def test_heads_are_ranked_by_loss() -> None:
@@ -179,7 +180,7 @@ def test_probe_table(
 ) -> None:
     out = ["--out", tmp_path]
     out += ["--sweep.min_steps", 100, "--sweep.epochs", 1]
-    assert run_cli("probe", "--encoder", tiny_run, "--baselines", "--tsne", *out) == 0
+    assert run_cli("probe", "--encoder", tiny_run, "--baselines", "--tsne", "--verbose", *out) == 0
     printed, found = capsys.readouterr().out, results(tmp_path)
     rows = found["rows"]
     assert list(rows) == ["pretrained", "random encoder", "raw pixels", "PCA-64"]
@@ -187,8 +188,8 @@ def test_probe_table(
     assert all(0 <= row["knn"] <= 1 and row["n"] == 50 for row in rows.values())
     # Two blocks: output, mean and class token of each, the last blocks side by side.
     assert (
-        "heads       90 = 6 views x 3 lrs (0.03, 0.1, 0.3) x 5 penalties (0.01, 0.1, 1, 10, 100)"
-        in printed
+        "heads       90 = 6 feature sets x 3 lrs (0.03, 0.1, 0.3) x "
+        "5 penalties (0.01, 0.1, 1, 10, 100)" in printed
     )
     # Ten folds of at least one of each class are not 500 of 150: all are held out once.
     assert re.search(
@@ -200,6 +201,18 @@ def test_probe_table(
     for name in names:
         assert Image.open(tmp_path / "pictures" / f"probe-{name}.png").width > 100
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures", "results.json"]
+
+
+def test_the_result_is_three_lines_and_warnings(
+    tmp_path: Path, tiny_run: Path, run_cli: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("probe", "--encoder", tiny_run, "--out", tmp_path, *SHORT) == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if not x.startswith("  WARNING")]
+    row = results(tmp_path)["rows"]["pretrained"]
+    assert [line.split("  ")[0] for line in lines] == ["linear probe", "chosen", "results"]
+    assert f"top-1 {row['top1']:.4f}, k-NN {row['knn']:.4f} on 50 test images" in lines[0]
+    assert f"features {row['chosen'][0]['view']}, lr" in lines[1]
+    assert str(tmp_path / "results.json") in lines[2]
 
 
 def test_few_labels_and_seeds(
@@ -231,10 +244,10 @@ def test_few_labels_and_seeds(
     assert f"50 test images, {labelled} labelled" in capsys.readouterr().out
 
 
-def heads_of(losses: list[float], accuracies: list[float]) -> list[Head]:
+def heads_of(losses: list[float], accuracies: list[float]) -> list[ScoredHead]:
     """At learning rates .001, .01 and .1, ranked."""
     heads = zip((0.001, 0.01, 0.1), accuracies, losses, strict=True)
-    return sorted((Head("output", lr, 1.0, a, x) for lr, a, x in heads), key=lambda h: h.loss)
+    return sorted((ScoredHead("output", lr, 1.0, a, x) for lr, a, x in heads), key=lambda h: h.loss)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +267,8 @@ def test_the_grids_edge_is_told_where_it_matters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     sweep = LinearSweep((0.1, 0.001, 0.01), (1.0,), min_steps=60)
-    audit(sweep, heads_of(losses, accuracies), views=1, labelled=110, held=[10, 10])
+    ranking = heads_of(losses, accuracies)
+    audit(sweep, ranking, feature_sets=1, labelled=110, held_out=[10, 10])
     printed = capsys.readouterr().out
     assert ("WARNING" in printed) is (told is not None)
     assert told is None or f"WARNING     {told} lies on the edge" in printed

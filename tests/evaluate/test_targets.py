@@ -166,4 +166,4 @@ def test_through_the_command_line(
         digits = torch.tensor([float(digit) for _, digit in keys(data)])[: len(data.index)]
         assert result["target_mean"] == pytest.approx([float(digits.mean())])
         assert result["target_std"] == pytest.approx([float(digits.std())])
-    assert f"{figure} on held-out images" in capsys.readouterr().out
+    assert f"fine-tuned    {figure} {result[figure]:.4f} on 50" in capsys.readouterr().out

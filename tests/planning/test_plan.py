@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from maepretrain.checkpoints.encoders import fresh_encoder
 from maepretrain.data.batch import Batch
 from maepretrain.data.module import ShardData
-from maepretrain.evaluate.classifier import Classifier, Head
+from maepretrain.evaluate.classifier import Classifier
+from maepretrain.evaluate.classifier_head import ClassifierHead
 from maepretrain.models.autoencoders.coders import Dense
 from maepretrain.models.autoencoders.contractive import Contractive
 from maepretrain.models.autoencoders.denoising import Denoising
@@ -266,7 +267,7 @@ def assert_classifier(
     if trained_blocks == -1 and isinstance(model, MaskedAutoencoder):
         model.train_positions()
     recipe: dict[str, Any] = {"trained_blocks": trained_blocks, "ema": ema}
-    head = Head(model.width, 10, head, heads=3)
+    head = ClassifierHead(model.width, 10, head, heads=3)
     module = Classifier(model, head, Optimization(), data, 10, **recipe)
     images = real_batch(n, channels, side)
     real = real_bytes(

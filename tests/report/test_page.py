@@ -22,7 +22,7 @@ from PIL import Image
 from support.runs import TINY
 
 from maepretrain.checkpoints.encoders import load_encoder
-from maepretrain.plots import COLOURS, CURVE_POINTS, Line, curve_panel
+from maepretrain.plots.curves import COLOURS, CURVE_POINTS, Line, curve_panel
 from maepretrain.report.document import markdown
 from maepretrain.report.evaluations import evaluations
 from maepretrain.report.maps import features_of
@@ -258,17 +258,19 @@ def points(svg: bytes, colour: str) -> list[tuple[float, float]]:
 def test_a_panel_draws_its_values_to_scale() -> None:
     steps = [1, 11, 21, 31]
     drawn = points(
-        curve_panel([Line(steps, [1.0, 3.0, float("nan"), 2.0], COLOURS[0])], [(11, "gray")], True),
+        curve_panel(
+            [Line(steps, [1.0, 3.0, float("nan"), 2.0], COLOURS[0])], [(11, "gray")], log=True
+        ),
         COLOURS[0],
     )
     (x1, y1), (x2, y2), (x4, y4) = drawn
     assert (x4 - x1) / (x2 - x1) == pytest.approx(3, rel=1e-4)
     assert (y4 - y1) / (y2 - y1) == pytest.approx(0.5, rel=1e-4)
-    wide = curve_panel([Line(steps, [1.0, 10.0, 100.0, 1000.0], COLOURS[0])], [], True)
+    wide = curve_panel([Line(steps, [1.0, 10.0, 100.0, 1000.0], COLOURS[0])], [], log=True)
     ys = [y for _, y in points(wide, COLOURS[0])]
     assert ys[1] - ys[0] == pytest.approx(ys[3] - ys[2], rel=1e-4)  # logarithmic
     many = [*range(10 * CURVE_POINTS)]
-    long = curve_panel([Line(many, [float(s) for s in many], COLOURS[1])], [], False)
+    long = curve_panel([Line(many, [float(s) for s in many], COLOURS[1])], [], log=False)
     assert len(points(long, COLOURS[1])) <= CURVE_POINTS
     assert b"currentColor" in long and b"prefers-color-scheme" in long
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.checkpoints.saved import Saved
 from maepretrain.data.module import ShardData
-from maepretrain.evaluate.classifier import Head
+from maepretrain.evaluate.classifier_head import ClassifierHead
 from maepretrain.training.optimizer import Optimization
 
 Run = Callable[..., int]
@@ -480,7 +480,7 @@ def test_fine_tuning_leaves_them_out_too(
         p.requires_grad_(id(p) in inside)
     model.train(not frozen)
     torch.manual_seed(SEED)
-    network = nn.ModuleDict({"model": model, "head": Head(4, 3, head)})
+    network = nn.ModuleDict({"model": model, "head": ClassifierHead(4, 3, head)})
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(network["head"](model.encode(batch["input"])), batch["label"])

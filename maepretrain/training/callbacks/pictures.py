@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from maepretrain.data.batch import Batch
-from maepretrain.plots import reconstruction_grid
+from maepretrain.plots.images import reconstruction_grid
 from maepretrain.ranks import run_on_all
 
 

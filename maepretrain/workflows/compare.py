@@ -22,14 +22,15 @@ from maepretrain.data.module import ShardData
 from maepretrain.data.normalise import Normalise
 from maepretrain.evaluate.features import embed
 from maepretrain.evaluate.finetune import finetune, finetune_parser
+from maepretrain.evaluate.frozen_features import PRETRAINED
 from maepretrain.evaluate.options import TRAINING_ONLY
 from maepretrain.evaluate.probe import probe, probe_parser
 from maepretrain.files import replacing
 from maepretrain.parsing.configs import config_words, find_config
 from maepretrain.parsing.errors import UserError
-from maepretrain.parsing.parser import allow_bare_flags, make_parser
+from maepretrain.parsing.parser import allow_bare_flags, make_parser, parse
 from maepretrain.plots.images import reconstruction_grid
-from maepretrain.ranks import quiet_lightning, say
+from maepretrain.ranks import details_to, quiet_lightning, say
 from maepretrain.runs.results import print_columns, spread, write_results
 from maepretrain.training.experiment import run_experiment
 from maepretrain.workflows.pretrain import pretrain, pretrain_parser
@@ -40,9 +41,10 @@ CALIBRATION = (10, 60, 1010)
 CALIBRATED = 3.0
 WARMUP = 0.1
 PICTURES = 10
-# Options that go to every pretraining: --data.train and the like.
-PASSED_ON = ("--data.", "--optim.", "--model.", "--trainer.")
-COLUMNS = {
+# Options that go to every pretraining (--data.train and the like), and to every probe.
+OF_PRETRAINING = ("--data.", "--optim.", "--model.", "--trainer.")
+OF_PROBE = ("--sweep.", "--neighbours.")
+COMPARED = {
     "error": "reconstruction",
     "probe": "probe",
     "knn": "k-NN",
@@ -67,8 +69,9 @@ class Budget:
         return self.cpu_seconds if self.steps is None else float(self.steps)
 
     def __str__(self) -> str:
-        given = f"{self.cpu_seconds:g} CPU seconds" if self.steps is None else f"{self.steps} steps"
-        return f"{given} of pretraining each"
+        if self.steps is None:
+            return f"{self.cpu_seconds:g} CPU seconds of pretraining each"
+        return f"{self.steps} steps of pretraining each"
 
 
 def compare(
@@ -82,7 +85,7 @@ def compare(
     options: list[str] | None = None,
     probe_options: list[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Train each config for the same CPU seconds and print one table of what came of it.
+    """Train each config for the same CPU seconds, and print one table of the results.
 
     The number of steps is chosen beforehand, from the CPU time that a step takes here (decoding
     included), so that the learning rate's schedule ends with the budget; warm-up takes at most a
@@ -117,18 +120,21 @@ def compare(
         )
     budget = Budget(cpu_seconds, steps)
     rows: dict[str, dict[str, Any]] = {}
-    drawn: dict[str, Path] = {}
+    out.mkdir(parents=True, exist_ok=True)
     for name, words in named.items():
         figures = []
         for one in range(seed, seed + seeds):
             run = out / name / f"seed-{one}"
-            asked = [*words, *(options or []), "--seed", str(one)]
-            say(f"== {name}, seed {one}: {run}")
-            figures.append(_one(run, asked, budget, finetuning or [], probe_options or []))
-            drawn.setdefault(name, run)
+            pretraining = [*words, *(options or []), "--seed", str(one)]
+            say(f"{name}, seed {one}: {run}")
+            with details_to(out / "log.txt"):
+                figures.append(
+                    _judged_run(run, pretraining, budget, finetuning or [], probe_options or [])
+                )
         rows[name] = spread([{"n": 1.0} | figure for figure in figures])
         write_results(out, "compare", {"rows": rows, "seeds": seeds} | vars(budget))
-    _draw(drawn, out / "reconstructions.png")
+    first_runs = {name: out / name / f"seed-{seed}" for name in named}
+    _draw(first_runs, out / "reconstructions.png")
     print_comparison(rows, budget)
     print(f"results in {out / 'results.json'}, pictures in {out / 'reconstructions.png'}")
     return rows
@@ -155,15 +161,26 @@ def name_of(config: str) -> str:
     return "+".join(part.replace("/", "_") if "=" in part else Path(part).stem for part in parts)
 
 
-def _one(
-    run: Path, asked: list[str], budget: Budget, finetuning: list[str], probing: list[str]
+def _judged_run(
+    run: Path, pretraining: list[str], budget: Budget, finetuning: list[str], probing: list[str]
 ) -> dict[str, float]:
-    """One run and its figures; each stage is skipped where its result is there."""
-    kept = run / "compare.json"
-    figures: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
+    """Train and judge one run; each stage is skipped where its figures are in RUN/compare.json.
+
+    Args:
+        run: the run folder.
+        pretraining: options of `pretrain`; the last one is the seed.
+        budget: of the pretraining.
+        finetuning: configs of `finetune`.
+        probing: options of `probe`.
+
+    Returns:
+        The figures.
+    """
+    saved = run / "compare.json"
+    figures: dict[str, float] = json.loads(saved.read_text()) if saved.exists() else {}
     if "cpu_seconds" not in figures:
-        figures = _train(run, asked, budget) | {"budget": budget.number}
-        _keep(kept, figures)
+        figures = _train(run, pretraining, budget) | {"budget": budget.number}
+        _save(saved, figures)
     if figures["budget"] != budget.number:
         raise ValueError(
             f"{run} was trained for another budget, {figures['budget']:g} and not "
@@ -171,34 +188,34 @@ def _one(
         )
     if "error" not in figures:
         figures |= _reconstruct(run)
-        _keep(kept, figures)
+        _save(saved, figures)
     if "probe" not in figures:
-        row = _frozen(run, probing)
+        row = _probe(run, probing)
         figures |= {"probe": row["top1"], "knn": row["knn"]}
-        _keep(kept, figures)
+        _save(saved, figures)
     if finetuning and "finetune" not in figures:
-        figures["finetune"] = _finetune(run, finetuning, asked[-1])
-        _keep(kept, figures)
+        figures["finetune"] = _finetune(run, finetuning, pretraining[-1])
+        _save(saved, figures)
     return figures
 
 
-def _keep(path: Path, figures: dict[str, float]) -> None:
+def _save(path: Path, figures: dict[str, float]) -> None:
     with replacing(path) as file:
         file.write(json.dumps(figures, indent=1).encode() + b"\n")
 
 
-def _train(run: Path, asked: list[str], budget: Budget) -> dict[str, float]:
+def _train(run: Path, pretraining: list[str], budget: Budget) -> dict[str, float]:
     """Pretrain within the budget, decoding in this process so that its CPU time is all there is."""
-    asked = [*asked, "--data.num_workers", "0", "--trainer.limit_val_batches", "0"]
-    data, warmup_epochs = _parsed(asked, run)
-    steps = budget.steps or _steps_within(budget.cpu_seconds, asked)
+    options = [*pretraining, "--data.num_workers", "0", "--trainer.limit_val_batches", "0"]
+    data, warmup_epochs = _parsed(options, run)
+    steps = budget.steps or _steps_within(budget.cpu_seconds, options)
     warmup = min(warmup_epochs, WARMUP * steps / data.order.steps_per_epoch)
     length = ["--trainer.max_steps", str(steps), "--optim.warmup_epochs", str(warmup)]
-    began, used = time.perf_counter(), time.process_time()
-    _pretrain([*asked, *length, "--run", str(run), "--overwrite"])
-    used = time.process_time() - used
+    began = time.perf_counter()
+    cpu_before = time.process_time()
+    _pretrain([*options, *length, "--run", str(run), "--overwrite"])
     return {
-        "cpu_seconds": used,
+        "cpu_seconds": time.process_time() - cpu_before,
         "minutes": (time.perf_counter() - began) / 60,
         "steps": float(steps),
         "images": float(steps * data.global_batch),
@@ -206,29 +223,33 @@ def _train(run: Path, asked: list[str], budget: Budget) -> dict[str, float]:
     }
 
 
-def _parsed(asked: list[str], run: Path) -> tuple[ShardData, float]:
-    """The data of a config, and its epochs of warm-up."""
+def _parsed(options: list[str], run: Path) -> tuple[ShardData, float]:
+    """The data of a pretraining, and its epochs of warm-up."""
     parser = pretrain_parser(make_parser("compare"))
     allow_bare_flags(parser)
-    config = parser.parse_args([*asked, "--run", str(run)])
+    config = parser.parse_args([*options, "--run", str(run)])
     return ShardData(**config.data.as_dict()), config.optim.warmup_epochs
 
 
-def _pretrain(argv: list[str]) -> None:
+def _pretrain(options: list[str]) -> None:
     parser = pretrain_parser(make_parser("pretrain"))
-    if run_experiment(pretrain, parser, [*argv, "--pictures", "0", "--live_probe", "0"]):
+    if run_experiment(pretrain, parser, [*options, "--pictures", "0", "--live_probe", "0"]):
         raise KeyboardInterrupt  # it was stopped, and has said so
 
 
-def _steps_within(cpu_seconds: float, asked: list[str]) -> int:
-    """How many steps the budget is enough for, by the cost of a step: the difference of two short
-    runs, which leaves start-up out."""
+def _steps_within(cpu_seconds: float, options: list[str]) -> int:
+    """How many steps the budget is enough for.
+
+    The cost of a step is the difference of two short runs, which leaves start-up out.
+    """
     few, some, many = CALIBRATION
-    _cpu_seconds(asked, few)  # the first one loads and compiles things
-    first = _cpu_seconds(asked, few)
-    spent, steps = _cpu_seconds(asked, some) - first, some - few
+    _cpu_seconds(options, few)  # the first one loads and compiles things
+    start_up = _cpu_seconds(options, few)
+    spent = _cpu_seconds(options, some) - start_up
+    steps = some - few
     if spent < CALIBRATED:
-        spent, steps = _cpu_seconds(asked, many) - first, many - few
+        spent = _cpu_seconds(options, many) - start_up
+        steps = many - few
     if not 0 < spent / steps <= cpu_seconds:
         raise ValueError(
             f"a step takes {spent / steps:.3g} CPU seconds: set cpu_seconds {cpu_seconds:g} higher"
@@ -236,15 +257,15 @@ def _steps_within(cpu_seconds: float, asked: list[str]) -> int:
     return int(cpu_seconds * steps / spent)
 
 
-def _cpu_seconds(asked: list[str], steps: int) -> float:
+def _cpu_seconds(options: list[str], steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        _pretrain([*asked, "--trainer.max_steps", str(steps), "--run", f"{folder}/run"])
+        _pretrain([*options, "--trainer.max_steps", str(steps), "--run", f"{folder}/run"])
         return time.process_time() - began
 
 
 def _evaluation_data(run: Path) -> ShardData:
-    """The run's data without what belongs to its training."""
+    """The run's data as an evaluation reads them: every sample once."""
     parser = pretrain_parser(make_parser("compare"))
     config = parser.parse_path(str(run / "config.yaml"))
     known = {k: v for k, v in config.data.as_dict().items() if k not in TRAINING_ONLY}
@@ -260,32 +281,32 @@ def _reconstruct(run: Path) -> dict[str, float]:
     model, normalise = load_encoder(str(run)).eval(), Normalise(data.mean, data.std)
 
     def errors(images: Tensor) -> Float[Tensor, "b 1"]:
-        shown = cast(Any, model).reconstruct(normalise(images))
-        gap = normalise.undo(shown.reconstruction.float()) - normalise.undo(shown.original.float())
+        pictures = cast(Any, model).reconstruct(normalise(images))
+        reconstruction = normalise.undo(pictures.reconstruction.float())
+        gap = reconstruction - normalise.undo(pictures.original.float())
         return gap.square().flatten(1).mean(1, keepdim=True)
 
-    found, _ = embed(errors, data.evaluation(data.val_index))
-    return {"error": float(found.double().mean())}
+    error, _ = embed(errors, data.evaluation(data.val_index))
+    return {"error": float(error.double().mean())}
 
 
-def _frozen(run: Path, options: list[str]) -> dict[str, Any]:
+def _probe(run: Path, options: list[str]) -> dict[str, Any]:
+    """Figures of the linear probe and of k-NN."""
     parser = probe_parser(make_parser("probe"))
-    allow_bare_flags(parser)
-    argv = ["--encoder", str(run), *options]
-    arguments = parser.instantiate(parser.parse_args(argv)).as_dict()
-    arguments.pop("config", None)
-    return probe(**arguments)["pretrained"]
+    return probe(**parse(parser, ["--encoder", str(run), *options]))[PRETRAINED]
 
 
 def _finetune(run: Path, configs: list[str], seed: str) -> float:
     """Accuracy after fine-tuning; the inputs are normalised as the encoder knows them."""
     folder = run / "finetune"
     data = _evaluation_data(run)
-    known = {"mean": list(data.mean), "std": list(data.std), "num_workers": 0}
-    argv = [word for config in configs for word in ("-c", config)]
-    argv += [f"--data.{key}={json.dumps(value)}" for key, value in known.items()]
-    argv += ["--encoder", str(run), "--run", str(folder), "--seed", seed, "--overwrite"]
-    if run_experiment(finetune, finetune_parser(make_parser("finetune")), argv):
+    options = []
+    for config in configs:
+        options += ["-c", config]
+    options += [f"--data.mean={list(data.mean)}", f"--data.std={list(data.std)}"]
+    options += ["--data.num_workers=0"]
+    options += ["--encoder", str(run), "--run", str(folder), "--seed", seed, "--overwrite"]
+    if run_experiment(finetune, finetune_parser(make_parser("finetune")), options):
         raise KeyboardInterrupt
     return json.loads((folder / "results.json").read_text())["finetune"]["top1"]
 
@@ -300,22 +321,22 @@ def _draw(runs: dict[str, Path], path: Path) -> None:
         model, normalise = load_encoder(str(run)).eval(), Normalise(data.mean, data.std)
         numbers = list(range(min(PICTURES, len(data.val_index))))
         images = data.evaluation(data.val_index).__getitems__(numbers)["input"]
-        shown = cast(Any, model).reconstruct(normalise(images))
-        rows.setdefault("original", normalise.undo(shown.original.float()))
-        rows[name] = normalise.undo(shown.reconstruction.float())
+        pictures = cast(Any, model).reconstruct(normalise(images))
+        rows.setdefault("original", normalise.undo(pictures.original.float()))
+        rows[name] = normalise.undo(pictures.reconstruction.float())
     if len({row.shape for row in rows.values()}) == 1:  # configs may differ in their image size
         reconstruction_grid(list(rows.values()), list(rows), path)
 
 
 def print_comparison(rows: dict[str, dict[str, Any]], budget: Budget) -> None:
-    """The table for people.
+    """Print the table for people.
 
     Args:
         rows: figures of each config, as `compare` returns them.
         budget: of each pretraining.
     """
     print(f"{budget}; mean ± spread over seeds")
-    print_columns("config", COLUMNS, rows, _cell)
+    print_columns("config", COMPARED, rows, _cell)
 
 
 def _cell(row: dict[str, Any], key: str) -> str:
@@ -326,30 +347,36 @@ def _cell(row: dict[str, Any], key: str) -> str:
     if key == "minutes":
         return f"{row[key]:.1f}"
     digits = 5 if key == "error" else 4
+    mean = f"{row[key]:.{digits}f}"
     std = row.get(f"{key}_std")
-    return f"{row[key]:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+    return mean if std is None else f"{mean} ± {std:.{digits}f}"
 
 
 def compare_command(argv: list[str]) -> int:
     """The verb `compare`; `--data.…`, `--optim.…`, `--model.…` and `--trainer.…` go to every
     pretraining, `--sweep.…` and `--neighbours.…` to every probe."""
-    mine, passed, probing = _shared_out(argv)
+    own, pretraining, probing = _split_options(argv)
     parser = make_parser("compare", config=False)
     parser.add_argument("-c", "--configs", nargs="+", type=str, required=True, help="of `pretrain`")
     parser.add_function_arguments(compare, skip={"configs", "options", "probe_options"})
     quiet_lightning()
-    arguments = parser.parse_args(mine).as_dict()
-    compare(**arguments, options=passed, probe_options=probing)
+    arguments = parser.parse_args(own).as_dict()
+    compare(**arguments, options=pretraining, probe_options=probing)
     return 0
 
 
-def _shared_out(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Words for `compare` itself, for each pretraining, for each probe."""
-    shares: tuple[list[str], ...] = ([], [], [])
-    target = 0
+def _split_options(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Words for `compare` itself, for each pretraining, for each probe; values follow options."""
+    own: list[str] = []
+    pretraining: list[str] = []
+    probing: list[str] = []
+    target = own
     for word in argv:
-        if word.startswith("-"):
-            passed = word.startswith(PASSED_ON)
-            target = 1 if passed else 2 if word.startswith(("--sweep.", "--neighbours.")) else 0
-        shares[target].append(word)
-    return shares[0], shares[1], shares[2]
+        if word.startswith(OF_PRETRAINING):
+            target = pretraining
+        elif word.startswith(OF_PROBE):
+            target = probing
+        elif word.startswith("-"):
+            target = own
+        target.append(word)
+    return own, pretraining, probing

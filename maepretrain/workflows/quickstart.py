@@ -1,13 +1,15 @@
 """`maepretrain quickstart`: real handwritten digits to shards, to a pretrained encoder, to the
 numbers that say how good it is.
 
-Everything goes through the same functions as the verbs `shards write`, `pretrain` and `probe`.
+Everything goes through the same functions as the verbs `shards write`, `pretrain` and `probe`;
+their details go to a log file.
 """
 
 import csv
-import json
 import shlex
+import statistics
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,11 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from maepretrain.data.shards.write import Arrays, write_shards
-from maepretrain.evaluate.probe import probe_command
+from maepretrain.evaluate.frozen_features import PRETRAINED, ResultTable
+from maepretrain.evaluate.probe import probe, probe_parser
+from maepretrain.parsing.parser import make_parser, parse
+from maepretrain.ranks import details_to, say_detail
+from maepretrain.runs.results import cell_text, print_columns
 from maepretrain.workflows.pretrain import pretrain_command
 
 
@@ -40,53 +46,80 @@ def quickstart(dst: Path = Path("quickstart"), epochs: int | None = None) -> int
         epochs: length of the pretraining; default as the config recipe/mae_digits says.
     """
     began = time.perf_counter()
-    shards, run = dst / "shards", dst / "run"
-    train, test = digits()
-    write_shards(train, shards, "train", samples_per_shard=500)
-    write_shards(test, shards, "test", samples_per_shard=500)
-    command = [
-        "pretrain",
-        "-c",
-        "data/digits",
-        "-c",
-        "recipe/mae_digits",
-        "--run",
-        str(run),
-        "--overwrite",
-    ]
-    command += ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
-    command += ["--trainer.max_epochs", str(epochs)] if epochs else []
-    print("\nmaepretrain " + shlex.join(command))
-    code = pretrain_command(command[1:])
-    if code:
-        return code
-    command = ["probe", "--encoder", str(run), "--baselines"]
-    print("\nmaepretrain " + shlex.join(command))
-    probe_command(command[1:])
-    probed = json.loads((run / "results.json").read_text())["probe"]["rows"]
-    gain = probed["pretrained"]["top1"] - probed["random encoder"]["top1"]
-    rows = read_metrics(run)
-    speed = [float(row["img_per_s"]) for row in rows if row.get("img_per_s")]
-    losses = [float(row["val_loss"]) for row in rows if row.get("val_loss")]
-    minutes = (time.perf_counter() - began) / 60
-    print(
-        f"held-out loss {losses[-1]:.4f}, {np.median(speed):.0f} img/s, {minutes:.1f} minutes "
-        f"in all;\nthe linear probe gains {100 * gain:.1f} points over the same encoder at random "
-        "initialisation"
-    )
-    picture = max((run / "pictures").glob("step-*.png"))
-    for what, path in (
-        ("shards", shards),
-        ("run folder", run),
-        ("metrics", run / "metrics.csv"),
-        ("checkpoint", run / "checkpoints/last.ckpt"),
-        ("picture", picture),
-        ("figures", run / "results.json"),
-        ("confusion", run / "pictures/probe-confusion.png"),
-    ):
-        print(f"{what:<11} {path}")
-    print(f"next: maepretrain probe --encoder {run} --baselines --label_fraction 0.035 --seeds 5")
+    shards = dst / "shards"
+    run = dst / "run"
+    log = dst / "log.txt"
+    dst.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    with details_to(log):
+        _announce(1, f"writing 1,797 handwritten digits of 8 x 8 pixels as shards into {shards}")
+        _write_shards(shards, log)
+        _announce(2, "pretraining a small masked autoencoder: it draws the hidden parts of images")
+        code = _pretrain(shards, run, epochs)
+        if code:
+            return code
+        _announce(3, "testing the encoder by a linear probe and k-NN, beside three baselines")
+        rows = _probe(run)
+    _print_result(rows, run, (time.perf_counter() - began) / 60)
+    _print_places(run, log)
     return 0
+
+
+def _announce(stage: int, text: str) -> None:
+    print(f"[{stage}/3] {text}", flush=True)
+    say_detail(f"\n[{stage}/3] {text}")
+
+
+def _write_shards(shards: Path, log: Path) -> None:
+    train, test = digits()
+    with log.open("a") as file, redirect_stdout(file):
+        write_shards(train, shards, "train", samples_per_shard=500)
+        write_shards(test, shards, "test", samples_per_shard=500)
+
+
+def _pretrain(shards: Path, run: Path, epochs: int | None) -> int:
+    options = ["-c", "data/digits", "-c", "recipe/mae_digits", "--run", str(run), "--overwrite"]
+    options += ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
+    if epochs:
+        options += ["--trainer.max_epochs", str(epochs)]
+    say_detail(shlex.join(["maepretrain", "pretrain", *options]))
+    return pretrain_command(options)
+
+
+def _probe(run: Path) -> ResultTable:
+    options = ["--encoder", str(run), "--baselines"]
+    say_detail(shlex.join(["maepretrain", "probe", *options]))
+    return probe(**parse(probe_parser(make_parser("probe")), options))
+
+
+def _print_result(rows: ResultTable, run: Path, minutes: float) -> None:
+    """Print the table, the gain of the pretraining, and its time."""
+    columns = {"top1": "linear probe", "knn": "k-NN", "n": "test images"}
+    print_columns("features", columns, rows, cell_text)
+    random = rows["random encoder"]
+    probe_gain = 100 * (rows[PRETRAINED]["top1"] - random["top1"])
+    knn_gain = 100 * (rows[PRETRAINED]["knn"] - random["knn"])
+    metrics = read_metrics(run)
+    speed = statistics.median(float(row["img_per_s"]) for row in metrics if row.get("img_per_s"))
+    print(
+        f"Pretraining gained {probe_gain:.1f} points of the linear probe and {knn_gain:.1f} of "
+        "k-NN over the same\nencoder at random initial values "
+        f"({minutes:.1f} minutes in all, {speed:.0f} img/s in training).\n"
+    )
+
+
+def _print_places(run: Path, log: Path) -> None:
+    places = {
+        "picture": max((run / "pictures").glob("step-*.png")),
+        "checkpoint": run / "checkpoints" / "last.ckpt",
+        "results": run / "results.json",
+        "details": log,
+    }
+    for name, path in places.items():
+        print(f"{name:<11} {path}")
+    few_labels = "--label_fraction 0.035 --seeds 5"
+    print(f"next        maepretrain probe --encoder {run} --baselines {few_labels}")
+    print("            (the same table with five labels of each digit)")
 
 
 def read_metrics(run: Path) -> list[dict[str, str]]:

@@ -1,7 +1,7 @@
-"""`maepretrain denoise`: what a pretrained autoencoder expects behind noisy images.
+"""`maepretrain denoise`: the clean images that a pretrained autoencoder expects behind noisy ones.
 
-A denoising autoencoder was trained for it (Vincent et al. 2008); others decode the code of what
-they are given, which takes it to what they can draw.
+A denoising autoencoder was trained for it (Vincent et al. 2008); others decode the code of the
+noisy image, which leads to the images that they can draw.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from maepretrain.apply.inputs import Given, Pretrained, parse_application, read_images
+from maepretrain.apply.inputs import Inputs, Pretrained, parse_application, read_images
 from maepretrain.apply.reconstruct import check_picture, draw, psnr
 from maepretrain.data.module import ShardData
 from maepretrain.models.autoencoders.corruption import Corruption, Kind
@@ -40,7 +40,7 @@ def denoise(
         out: a .png that shows images before and after, or a folder for one .png of each.
         images: files, folders or keys of held-out samples; none takes the first held-out samples.
         n: at most so many images; default 8 in a picture, all of them into a folder.
-        corrupt: the images are clean: corrupt them first, and say how much of it is undone.
+        corrupt: the images are clean: corrupt them first, and print how much of it is undone.
         amount: of that corruption, as `pretrain` takes it: a share, a standard deviation or a
             range.
         seed: of that corruption.
@@ -57,49 +57,53 @@ def denoise(
         n = n or 8
     pretrained = Pretrained(encoder, data)
     repair = _repair(pretrained)
-    given = read_images(images, data, n)
-    seen = pretrained.see(given.inputs)
-    rows, ratios = {}, {}
-    if corrupt is not None:
-        rows["original"] = pretrained.show(seen)
-        seen = _corruption(pretrained, given, corrupt, amount, seed)(
-            seen, torch.arange(len(seen), device=seen.device)
-        )
-    rows["given" if corrupt is None else "corrupted"] = noisy = pretrained.show(seen)
-    rows["denoised"] = cleaned = pretrained.show(repair(seen))
-    if corrupt is not None and noisy.ndim == 4:
-        ratios = {k: psnr(x, rows["original"]) for k, x in (("before", noisy), ("after", cleaned))}
-        _print(given.names, ratios)
-    if out.suffix:
-        draw(rows, given.names, out)
+    inputs = read_images(images, data, n)
+    noisy = pretrained.see(inputs.values)
+    rows: dict[str, Tensor] = {}
+    ratios: dict[str, Tensor] = {}
+    if corrupt is None:
+        rows["given"] = pretrained.show(noisy)
     else:
-        _write(cleaned, given.names, out)
+        rows["original"] = pretrained.show(noisy)
+        corruption = _corruption(pretrained, inputs, corrupt, amount, seed)
+        noisy = corruption(noisy, torch.arange(len(noisy), device=noisy.device))
+        rows["corrupted"] = pretrained.show(noisy)
+    rows["denoised"] = pretrained.show(repair(noisy))
+    if corrupt is not None and rows["original"].ndim == 4:
+        ratios["before"] = psnr(rows["corrupted"], rows["original"])
+        ratios["after"] = psnr(rows["denoised"], rows["original"])
+        _print(inputs.names, ratios)
+    if out.suffix:
+        draw(rows, inputs.names, out)
+    else:
+        _write(rows["denoised"], inputs.names, out)
     return ratios
 
 
 def _repair(pretrained: Pretrained) -> Callable[[Tensor], Tensor]:
-    """From noisy to clean inputs.
+    """A function from noisy to clean inputs.
 
     Raises:
         ValueError: the model decodes no codes.
     """
     if isinstance(pretrained.model, Denoises):
         return pretrained.model.denoise
-    lacks = (
+    refusal = (
         "cannot denoise: it lacks a code to decode, and predicts only what it does not see "
         "(`maepretrain reconstruct` shows that)"
     )
-    decode = require(pretrained.model, Decodes, lacks).decode
+    decode = require(pretrained.model, Decodes, refusal).decode
     say(f"model         {pretrained.name} is no denoiser: it decodes the code of what is given")
     return lambda x: decode(pretrained.model.encode(x))
 
 
 def _corruption(
-    pretrained: Pretrained, given: Given, kind: Kind, amount: float, seed: int
+    pretrained: Pretrained, inputs: Inputs, kind: Kind, amount: float, seed: int
 ) -> Corruption:
-    """Its salt and pepper are white and black."""
-    zeros = torch.zeros(1, *given.inputs.shape[1:])
-    low, high = (float(pretrained.see(x).mean()) for x in (zeros, zeros + 1))
+    """The corruption, with white and black for salt and pepper."""
+    black = torch.zeros(1, *inputs.values.shape[1:])
+    low = float(pretrained.see(black).mean())
+    high = float(pretrained.see(black + 1).mean())
     return Corruption(kind, amount, low, high, seed)
 
 

@@ -1,5 +1,5 @@
 """`maepretrain generate sample | interpolate | traverse`: images that a model draws, the way from
-one image to another through its code, and what single numbers of a code mean."""
+one image to another through its code, and the effect of single numbers of a code."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from maepretrain.models.protocol import Decodes, Samples, declared, require
 from maepretrain.plots.images import reconstruction_grid, tiles
 from maepretrain.ranks import say
 
-# Held-out images whose codes tell how far each number of a code varies.
+# Held-out images on whose codes the spread of each number is measured.
 MEASURED = 2000
 SAMPLES = (
     "cannot be sampled: it lacks a distribution to draw from (Variational, Adversarial, "
@@ -79,16 +79,17 @@ def interpolate(
     check_picture(out)
     pretrained = Pretrained(encoder, data)
     decode = require(pretrained.model, Decodes, DECODES).decode
-    given = read_images(images, data, None if images else 2)
-    if len(given.names) != 2:
-        raise ValueError(f"a way goes from one image to another: --images names {len(given.names)}")
-    a, b = pretrained.see(given.inputs)
-    along, blended = map(
-        pretrained.show, geometry.interpolate(pretrained.model.encode, decode, a, b, steps)
-    )
+    inputs = read_images(images, data, None if images else 2)
+    if len(inputs.names) != 2:
+        count = len(inputs.names)
+        raise ValueError(f"a way goes from one image to another: --images names {count}")
+    a, b = pretrained.see(inputs.values)
+    ways = geometry.interpolate(pretrained.model.encode, decode, a, b, steps)
+    along = pretrained.show(ways[0])
+    blended = pretrained.show(ways[1])
     shares = [f"{100 * i / (steps - 1):.3g} %" for i in range(steps)]
     reconstruction_grid([along, blended], ["code", "pixels"], out, shares)
-    say(f"way           from {given.names[0]} to {given.names[1]} in {steps} images")
+    say(f"way           from {inputs.names[0]} to {inputs.names[1]} in {steps} images")
     say(f"picture       {out}")
     return along, blended
 
@@ -107,8 +108,8 @@ def traverse(
 
     Args:
         encoder: a run folder of pretraining, or a file of weights that has the decoder.
-        data: how images are shown to the model, and held-out shards, whose codes tell how far each
-            number goes.
+        data: how images are shown to the model, and held-out shards, on whose codes the spread of
+            each number is measured.
         out: the picture, a .png.
         images: a file or key of a held-out sample; none takes the first held-out sample.
         dimensions: which numbers of the code; none takes the eight that vary most over held-out
@@ -128,10 +129,10 @@ def traverse(
         raise ValueError(f"steps {steps} must be at least 2 and span {span} above 0")
     pretrained = Pretrained(encoder, data)
     decode = require(pretrained.model, Decodes, DECODES).decode
-    given = read_images(images, data, None if images else 1)
-    if len(given.names) != 1:
-        raise ValueError(f"one image is varied: --images names {len(given.names)}")
-    code = pretrained.model.encode(pretrained.see(given.inputs))[0]
+    inputs = read_images(images, data, None if images else 1)
+    if len(inputs.names) != 1:
+        raise ValueError(f"one image is varied: --images names {len(inputs.names)}")
+    code = pretrained.model.encode(pretrained.see(inputs.values))[0]
     mean, std = _measure(pretrained, data)
     chosen = dimensions or std.argsort(descending=True)[:8].tolist()
     away = torch.linspace(-span, span, steps, device=code.device)
@@ -141,8 +142,9 @@ def traverse(
         values = mean[d] + away * std[d]
         rows.append(pretrained.show(geometry.traverse(decode, code, d, values)))
     names = [f"{d}: {float(mean[d]):.2f} ± {float(std[d]):.2f}" for d in chosen]
-    reconstruction_grid(rows, names, out, [f"{a:+.3g} sd" if a else "mean" for a in away.tolist()])
-    say(f"varied        {given.names[0]}, numbers {', '.join(map(str, chosen))} of {len(code)}")
+    titles = [f"{a:+.3g} sd" if a else "mean" for a in away.tolist()]
+    reconstruction_grid(rows, names, out, titles)
+    say(f"varied        {inputs.names[0]}, numbers {', '.join(map(str, chosen))} of {len(code)}")
     say(f"picture       {out}")
     return torch.stack(rows)
 
@@ -160,5 +162,6 @@ def _measure(pretrained: Pretrained, data: ShardData) -> tuple[Tensor, Tensor]:
 def generate_command(kind: str, argv: list[str]) -> int:
     """The verbs `generate sample`, `generate interpolate` and `generate traverse`."""
     function = {"sample": sample, "interpolate": interpolate, "traverse": traverse}[kind]
-    function(**parse_application(f"generate {kind}", function, argv, kind == "traverse"))
+    measures = kind == "traverse"
+    function(**parse_application(f"generate {kind}", function, argv, measures=measures))
     return 0

@@ -1,4 +1,4 @@
-"""What applications are given: a pretrained model with its decoder, and the images that are named.
+"""Inputs of applications: a pretrained model with its decoder, and the images that are named.
 
 Images are named by files, by folders or by keys of held-out samples, and seen as the run's own
 evaluation sees its images: decoded to its channels, centre-cropped, resized and normalised.
@@ -8,7 +8,6 @@ import inspect
 import io
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -30,44 +29,57 @@ from maepretrain.parsing.parser import allow_bare_flags, make_parser
 from maepretrain.ranks import say
 
 # Of the section data: how an image is shown to a model, and where held-out ones are.
-SHOWN = {"val", "image_size", "channels", "scale", "exif", "val_share", "mean", "std"}
-SHOWN |= {"cache", "cache_gb"}
-# Options that take several words.
-SEVERAL: dict[str, tuple[type, str]] = {
+DATA_OPTIONS = {
+    "val",
+    "image_size",
+    "channels",
+    "scale",
+    "exif",
+    "val_share",
+    "mean",
+    "std",
+    "cache",
+    "cache_gb",
+}
+# Options that take several words: the type of each, and their help.
+LIST_OPTIONS: dict[str, tuple[type, str]] = {
     "images": (str, "files, folders or keys of held-out samples; default the first of these"),
     "dimensions": (int, "numbers of the code; default the eight that vary most"),
 }
 
 
 def parse_application(
-    verb: str, function: Callable[..., Any], argv: list[str], measures: bool = False
+    verb: str, function: Callable[..., Any], argv: list[str], *, measures: bool = False
 ) -> dict[str, Any]:
     """The options of an application as the arguments of its function.
 
     Args:
-        verb: what it is called.
+        verb: its name.
         function: has the arguments `encoder` and `data`, and `images` where it takes some.
         argv: the options. Those of the section `data` come from the run behind `--encoder`.
         measures: it needs held-out samples even where all images are files.
     """
     parser = make_parser(verb, config=False)
-    parser.add_function_arguments(function, skip={"data", *SEVERAL})
-    for name in SEVERAL.keys() & inspect.signature(function).parameters.keys():
-        kind, words = SEVERAL[name]
-        parser.add_argument(f"--{name}", nargs="*", type=kind, default=[], help=words)
-    skip = set(inspect.signature(ShardData).parameters) - SHOWN
+    parser.add_function_arguments(function, skip={"data", *LIST_OPTIONS})
+    for name, (kind, help_text) in LIST_OPTIONS.items():
+        if name in inspect.signature(function).parameters:
+            parser.add_argument(f"--{name}", nargs="*", type=kind, default=[], help=help_text)
+    skip = set(inspect.signature(ShardData).parameters) - DATA_OPTIONS
     parser.add_class_arguments(ShardData, "data", skip=skip)
     data_of_encoder(parser, sorted(skip))
     allow_bare_flags(parser)
     arguments = parser.parse_args(argv).as_dict()
-    named = arguments.get("images") or []
-    if not measures and (named or "images" not in arguments) and all(map(_exists, named)):
+    if not measures and not _reads_held_out(arguments):
         arguments["data"]["val"] = None  # a model may be on another machine than its shards
     return arguments | {"data": ShardData(None, **arguments["data"])}
 
 
-def _exists(name: str) -> bool:
-    return Path(name).exists()
+def _reads_held_out(arguments: dict[str, Any]) -> bool:
+    """False where the application takes no images, or all of them are files or folders."""
+    if "images" not in arguments:
+        return False
+    names = arguments["images"]
+    return not names or not all(Path(name).exists() for name in names)
 
 
 class Pretrained:
@@ -91,7 +103,7 @@ class Pretrained:
             self.model.seed = seed
 
     def see(self, inputs: Shaped[Tensor, "n c *size"]) -> Float[Tensor, "n c *size"]:
-        """What the model is given for these pixels or signals."""
+        """Pixels or signals as the model takes them: normalised, on its device."""
         return self.normalise(inputs.to(self.device))
 
     def show(self, x: Float[Tensor, "n c *size"]) -> Float[Tensor, "n c *size"]:
@@ -99,51 +111,55 @@ class Pretrained:
         return self.normalise.undo(x.detach().float()).cpu()
 
 
-class Given(NamedTuple):
-    """Images or signals, and what each is called."""
+class Inputs(NamedTuple):
+    """Images or signals, and the name of each."""
 
     names: list[str]
-    inputs: Shaped[Tensor, "n c *size"]
+    values: Shaped[Tensor, "n c *size"]
 
 
-def read_images(named: list[str], data: ShardData, at_most: int | None = None) -> Given:
-    """The images of these names as evaluation sees them; what was done to files is said.
+def read_images(names: list[str], data: ShardData, at_most: int | None = None) -> Inputs:
+    """The images of these names as evaluation sees them. A line is printed for each kind of change
+    that files needed.
 
     Args:
-        named: files, folders (all images in them, sorted) or keys of held-out samples; empty takes
+        names: files, folders (all images in them, sorted) or keys of held-out samples; empty takes
             the first held-out samples.
-        data: tells size and channels, and has the held-out samples.
-        at_most: so many; what is left out is said.
+        data: has the size, the channels and the held-out samples.
+        at_most: so many; a line is printed where some are left out.
 
     Raises:
         ValueError: a name that is nothing of these, a file that is no image, no images at all.
     """
     if at_most is not None and at_most < 1:
         raise ValueError(f"n {at_most} must be at least 1")
-    if not named:
+    if not names:
         if data.val_index is None or not len(data.val_index):
             raise ValueError("there are no held-out shards (data.val): name files with --images")
         count = min(at_most or len(data.val_index), len(data.val_index))
         return _of_numbers(list(range(count)), data)
-    found = [place for name in named for place in _places(name, data)]
-    if at_most is not None and len(found) > at_most:
-        say(f"images        the first {at_most} of {len(found):,}; --n takes more")
-        found = found[:at_most]
+    sources = [source for name in names for source in _sources(name, data)]
+    if at_most is not None and len(sources) > at_most:
+        say(f"images        the first {at_most} of {len(sources):,}; --n takes more")
+        sources = sources[:at_most]
     changes: Counter[str] = Counter()
-    read = [
-        _of_numbers([place], data) if isinstance(place, int) else _of_file(place, data, changes)
-        for place in found
-    ]
+    read: list[Inputs] = []
+    for source in sources:
+        if isinstance(source, int):
+            read.append(_of_numbers([source], data))
+        else:
+            read.append(_of_file(source, data, changes))
     for change, count in changes.items():
         say(f"images        {count} of {change}")
-    inputs = [one.inputs for one in read]
-    if len({x.dtype for x in inputs}) > 1:
+    if len({one.values.dtype for one in read}) > 1:
         raise ValueError("these are pixels (uint8) and arrays of other numbers: name one kind")
-    return Given([name for one in read for name in one.names], torch.cat(inputs))
+    return Inputs(
+        [name for one in read for name in one.names], torch.cat([one.values for one in read])
+    )
 
 
-def _places(name: str, data: ShardData) -> list[Path | int]:
-    """Files, or the number of a held-out sample."""
+def _sources(name: str, data: ShardData) -> list[Path | int]:
+    """The files of this name, or the number of the held-out sample with this key."""
     path = Path(name)
     if path.is_dir():
         endings = {f".{extension}" for extension in INPUT_EXTENSIONS if extension != "txt"}
@@ -171,16 +187,16 @@ def find_key(key: str, index: ShardIndex) -> int | None:
     return None
 
 
-def _of_numbers(numbers: list[int], data: ShardData) -> Given:
+def _of_numbers(numbers: list[int], data: ShardData) -> Inputs:
     assert data.val_index is not None
     samples = data.evaluation(data.val_index)
     read = samples.__getitems__(numbers)
     if errors := samples.pop_errors(read):
         raise ValueError(f"a held-out sample cannot be read: {errors[0]}")
-    return Given([key for _, key in samples.names(numbers)], read["input"])
+    return Inputs([key for _, key in samples.names(numbers)], read["input"])
 
 
-def _of_file(path: Path, data: ShardData, changes: Counter[str]) -> Given:
+def _of_file(path: Path, data: ShardData, changes: Counter[str]) -> Inputs:
     content = path.read_bytes()
     pixels = Pixels(data.channels, data.centre_crop, data.exif, centred=True)
     try:
@@ -190,18 +206,29 @@ def _of_file(path: Path, data: ShardData, changes: Counter[str]) -> Given:
     cut = pixels.cut_out(decoded, torch.empty(0))
     if change := _change(content, decoded, cut, data):
         changes[change] += 1
-    return Given([path.stem], cut[None])
+    return Inputs([path.stem], cut[None])
 
 
 def _change(content: bytes, decoded: Tensor, cut: Tensor, data: ShardData) -> str:
     """What was done to an image or a signal, in words; empty for nothing."""
-    size, wanted = ("x".join(map(str, x.shape[1:])) for x in (decoded, cut))
-    mode = kind = ("gray", "gray with alpha", "RGB", "RGBA")[min(data.channels, 4) - 1]
-    with suppress(OSError):  # an array has no mode
-        mode = Image.open(io.BytesIO(content)).mode
-        mode = {"L": "gray", "LA": "gray with alpha"}.get(mode, mode)
-    changes = [] if mode == kind else [f"taken as {kind}"]
-    if size != wanted:
-        images = isinstance(data.centre_crop, CentreCrop)
-        changes.append(f"the centre of it resized to {wanted}" if images else f"{wanted} of it")
+    size = "x".join(map(str, decoded.shape[1:]))
+    cut_size = "x".join(map(str, cut.shape[1:]))
+    taken_as = ("gray", "gray with alpha", "RGB", "RGBA")[min(data.channels, 4) - 1]
+    mode = _colour_mode(content) or taken_as
+    changes = []
+    if mode != taken_as:
+        changes.append(f"taken as {taken_as}")
+    if size != cut_size and isinstance(data.centre_crop, CentreCrop):
+        changes.append(f"the centre of it resized to {cut_size}")
+    elif size != cut_size:
+        changes.append(f"{cut_size} of it")
     return f"{size} {mode}: {', '.join(changes)}" if changes else ""
+
+
+def _colour_mode(content: bytes) -> str | None:
+    """Pillow's name of a picture's colours, in words; None for an array."""
+    try:
+        mode = Image.open(io.BytesIO(content)).mode
+    except OSError:
+        return None
+    return {"L": "gray", "LA": "gray with alpha"}.get(mode, mode)

@@ -1,4 +1,4 @@
-"""`maepretrain reconstruct`: what a pretrained model makes of images, in one picture."""
+"""`maepretrain reconstruct`: images and a pretrained model's reconstructions in one picture."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from maepretrain.models.protocol import Masks, declared, require
 from maepretrain.plots.images import reconstruction_grid
 from maepretrain.ranks import say
 
-# Letters that fit above an image.
+# Letters of a name that fit above an image.
 SHORT = 12
 
 
@@ -26,7 +26,7 @@ def reconstruct(
     seed: int | None = None,
     mask_ratio: float | None = None,
 ) -> dict[str, float]:
-    """Draw images, what the model saw of them and what it made of that; one row each.
+    """Draw images, the part of them that the model saw, and its reconstruction; one row each.
 
     Args:
         encoder: a run folder of pretraining, or a file of weights that has the decoder.
@@ -49,28 +49,27 @@ def reconstruct(
     if mask_ratio is not None:
         refusal = "hides none of its input: --mask_ratio is for masked autoencoders"
         require(pretrained.model, Masks, refusal).hide(mask_ratio)
-    given = read_images(images, data, n)
-    shown = pretrained.model.reconstruct(pretrained.see(given.inputs))
+    inputs = read_images(images, data, n)
+    reconstructed = pretrained.model.reconstruct(pretrained.see(inputs.values))
     if declared(pretrained.model, "norm_pix"):
         say("predictions   are of contrast: each patch's mean and deviation are the original's")
-    rows = {name: pretrained.show(row) for name, row in shown._asdict().items()}
-    draw(rows, given.names, out)
+    rows = {name: pretrained.show(row) for name, row in reconstructed._asdict().items()}
+    draw(rows, inputs.names, out)
     figures = {}
     if rows["original"].ndim == 4:
         for name in ("reconstruction", "pasted"):
             if name in rows:
                 figures[name] = float(psnr(rows[name], rows["original"]).mean())
-                mean = f"{figures[name]:.2f} dB, mean of {len(given.names)} images"
+                mean = f"{figures[name]:.2f} dB, mean of {len(inputs.names)} images"
                 say(f"PSNR          of the {name} {mean}")
     return figures
 
 
 def draw(rows: dict[str, Float[Tensor, "n c *size"]], names: list[str], out: Path) -> None:
-    """Rows of pictures, what each is called above it where there is room, and say where."""
+    """Draw rows of pictures, with the name of each above it where there is room."""
+    titles = [kind.replace("_", " ") for kind in rows]
     columns = names if max(map(len, names)) <= SHORT else None
-    reconstruction_grid(
-        list(rows.values()), [kind.replace("_", " ") for kind in rows], out, columns
-    )
+    reconstruction_grid(list(rows.values()), titles, out, columns)
     say(f"picture       {out}")
 
 

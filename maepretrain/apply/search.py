@@ -80,7 +80,8 @@ def search(
     bank = read_index(index)
     if not 1 <= k <= len(bank.keys):
         raise ValueError(f"k {k} must be 1 to {len(bank.keys)}, the images of {index}")
-    made, data = json.loads(bank.made), data_of(bank)
+    made = json.loads(bank.made)
+    data = data_of(bank)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_encoder(encoder or made["encoder"], data)
     metric = metric or ("hamming" if isinstance(model, BinaryCodes) else "cosine")
@@ -98,11 +99,11 @@ def search(
         distances = (1 - cosine).clamp_min(0)  # a cosine of itself may round to above 1
     keys = [[bank.keys[i] for i in row] for row in numbers.tolist()]
     labels = [bank.labels[row].tolist() for row in numbers.numpy()]
-    found = Neighbours(names, numbers, distances, keys, labels)
-    _print(found, bank, metric)
+    neighbours = Neighbours(names, numbers, distances, keys, labels)
+    _print(neighbours, bank, metric)
     if out is not None:
-        _draw(found, inputs, bank, data, metric, out)
-    return found
+        _draw(neighbours, inputs, bank, data, metric=metric, out=out)
+    return neighbours
 
 
 def nearest_bits(
@@ -125,24 +126,26 @@ def nearest_bits(
 
 
 def read_index(path: Path) -> Embeddings:
-    """What `maepretrain embed` wrote.
+    """Read a file of `maepretrain embed`.
 
     Raises:
         ValueError: another file, features of tokens.
     """
     try:
-        found = read(path)
+        embeddings = read(path)
     except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"index {path} is no file of this version's `embed`") from error
-    if found.features.ndim != 2:
+    if embeddings.features.ndim != 2:
         raise ValueError(f"index {path} holds tokens: embed with pool mean or cls")
-    return found
+    return embeddings
 
 
 def data_of(bank: Embeddings) -> ShardData:
     """How images were shown to the encoder of an index."""
-    shown = json.loads(bank.made)["data"]
-    return ShardData(None, **shown | {name: tuple(shown[name]) for name in ("mean", "std")})
+    view = json.loads(bank.made)["data"]
+    view["mean"] = tuple(view["mean"])
+    view["std"] = tuple(view["std"])
+    return ShardData(None, **view)
 
 
 def _check_encoder(encode: Encode, bank: Embeddings, data: ShardData, problem: str) -> None:
@@ -176,21 +179,23 @@ def read_rows(numbers: list[int], bank: Embeddings, data: ShardData) -> Tensor:
         url, key = bank.shards[number], bank.keys[number]
         if url not in opened:
             samples = data.evaluation(ShardIndex(open_shards([url], cache=data.cache)))
-            opened[url] = samples, {k: i for i, k in enumerate(samples.index.columns(0).keys)}
-        samples, places = opened[url]
-        if key not in places:
+            keys = samples.index.columns(0).keys
+            opened[url] = samples, {known: i for i, known in enumerate(keys)}
+        samples, number_of_key = opened[url]
+        if key not in number_of_key:
             raise ValueError(f"{url} has no image {key} any more: embed again")
-        read.append(samples[places[key]]["input"])
+        read.append(samples[number_of_key[key]]["input"])
     return torch.stack(read)
 
 
 def _read_queries(query: list[str], bank: Embeddings, data: ShardData) -> tuple[list[str], Tensor]:
-    names, inputs = [], []
+    names: list[str] = []
+    inputs: list[Tensor] = []
     for name in query:
         if Path(name).exists():
-            given = read_images([name], data)
-            names += given.names
-            inputs.append(given.inputs)
+            files = read_images([name], data)
+            names += files.names
+            inputs.append(files.values)
         elif name in bank.keys:
             names.append(name)
             inputs.append(read_rows([bank.keys.index(name)], bank, data))
@@ -199,16 +204,16 @@ def _read_queries(query: list[str], bank: Embeddings, data: ShardData) -> tuple[
     return names, torch.cat(inputs)
 
 
-def _print(found: Neighbours, bank: Embeddings, metric: Metric) -> None:
+def _print(neighbours: Neighbours, bank: Embeddings, metric: Metric) -> None:
     columns = {"key": "key", "label": "label", "distance": f"{metric} distance", "shard": "shard"}
-    for i, name in enumerate(found.queries):
+    for i, name in enumerate(neighbours.queries):
         rows = {}
-        for rank, number in enumerate(found.numbers[i].tolist()):
-            label = found.labels[i][rank]
+        for rank, number in enumerate(neighbours.numbers[i].tolist()):
+            label = neighbours.labels[i][rank]
             rows[str(rank + 1)] = {
-                "key": found.keys[i][rank],
+                "key": neighbours.keys[i][rank],
                 "label": "" if label < 0 else str(label),
-                "distance": _distance(found.distances[i, rank], metric),
+                "distance": _distance(neighbours.distances[i, rank], metric),
                 "shard": bank.shards[number].rpartition("/")[2],
             }
         print_columns(f"like {name}", columns, rows, lambda row, key: row[key])
@@ -219,33 +224,36 @@ def _distance(value: Float[Tensor, ""] | Tensor, metric: Metric) -> str:
 
 
 def _draw(
-    found: Neighbours,
+    neighbours: Neighbours,
     inputs: Tensor,
     bank: Embeddings,
     data: ShardData,
+    *,
     metric: Metric,
     out: Path,
 ) -> None:
     if inputs.ndim != 4:
         raise ValueError("signals are not drawn: leave out --out")
-    images, titles = [], []
-    for i, name in enumerate(found.queries):
-        images += [inputs[i], *read_rows(found.numbers[i].tolist(), bank, data)]
+    images: list[Tensor] = []
+    titles: list[str] = []
+    for i, name in enumerate(neighbours.queries):
+        images += [inputs[i], *read_rows(neighbours.numbers[i].tolist(), bank, data)]
         titles.append(f"query\n{name}")
-        for key, label, distance in zip(
-            found.keys[i], found.labels[i], found.distances[i], strict=True
-        ):
-            what = f"class {label}" if label >= 0 else key
-            titles.append(f"{what}\n{_distance(distance, metric)}")
-    titled_images(list(to_unit_range(torch.stack(images))), titles, 1 + len(found.keys[0]), out)
+        for rank, key in enumerate(neighbours.keys[i]):
+            label = neighbours.labels[i][rank]
+            name_of_image = f"class {label}" if label >= 0 else key
+            distance = _distance(neighbours.distances[i, rank], metric)
+            titles.append(f"{name_of_image}\n{distance}")
+    columns = 1 + len(neighbours.keys[0])
+    titled_images(list(to_unit_range(torch.stack(images))), titles, columns, out)
     say(f"picture       {out}")
 
 
 def search_command(argv: list[str]) -> int:
     """The verb `search`."""
     parser = make_parser("search", config=False)
-    what = "images: files, folders, or keys of the index"
-    parser.add_argument("--query", nargs="+", type=str, required=True, help=what)
+    help_text = "images: files, folders, or keys of the index"
+    parser.add_argument("--query", nargs="+", type=str, required=True, help=help_text)
     parser.add_argument("-k", "--k", type=int, default=10, help="neighbours of each query")
     parser.add_function_arguments(search, skip={"query", "k"})
     search(**parse(parser, argv))

@@ -19,11 +19,9 @@ Run = Callable[..., int]
 
 
 def call(function: Callable[..., Any], *words: object) -> Any:
-    return function(
-        **parse_application(
-            "generate", function, [str(word) for word in words], function is traverse
-        )
-    )
+    argv = [str(word) for word in words]
+    measures = function is traverse
+    return function(**parse_application("generate", function, argv, measures=measures))
 
 
 def loaded(run: Path) -> Any:

@@ -28,10 +28,10 @@ def test_a_file_is_decoded_cropped_and_resized_and_that_is_said(
     smooth = np.add.outer(np.arange(40), np.arange(60))[..., None] * np.array([2, 1, 0.5])
     picture = Image.fromarray(smooth.astype(np.uint8))
     picture.save(tmp_path / "a.png")
-    given = read_images([str(tmp_path / "a.png")], shown())
+    inputs = read_images([str(tmp_path / "a.png")], shown())
     theirs = picture.convert("L").crop((10, 0, 50, 40)).resize((8, 8), Image.Resampling.BICUBIC)
-    assert given.names == ["a"]
-    apart = given.inputs[0, 0].int() - torch.from_numpy(np.asarray(theirs).astype(np.int32))
+    assert inputs.names == ["a"]
+    apart = inputs.values[0, 0].int() - torch.from_numpy(np.asarray(theirs).astype(np.int32))
     assert int(apart.abs().max()) <= 1
     said = "images        1 of 40x60 RGB: taken as gray, the centre of it resized to 8x8\n"
     assert capsys.readouterr().out == said
@@ -45,9 +45,9 @@ def test_files_that_fit_are_given_as_they_are(
     for name, image in zip(("b.png", "a.png", "deeper/c.png"), pixels, strict=True):
         Image.fromarray(image).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
-    given = read_images([str(tmp_path)], shown())
-    assert given.names == ["a", "b", "c"]
-    assert np.array_equal(given.inputs[:, 0].numpy(), pixels[[1, 0, 2]])
+    inputs = read_images([str(tmp_path)], shown())
+    assert inputs.names == ["a", "b", "c"]
+    assert np.array_equal(inputs.values[:, 0].numpy(), pixels[[1, 0, 2]])
     assert capsys.readouterr().out == ""
     assert read_images([str(tmp_path)], shown(), 2).names == ["a", "b"]
     assert "the first 2 of 3" in capsys.readouterr().out
@@ -56,8 +56,8 @@ def test_files_that_fit_are_given_as_they_are(
 def test_signals_and_arrays(tmp_path: Path) -> None:
     signal = np.random.default_rng(0).normal(size=(2, 20)).astype(np.float32)
     np.save(tmp_path / "a.npy", signal)
-    given = read_images([str(tmp_path / "a.npy")], shown(2, [10]))
-    assert np.array_equal(given.inputs[0].numpy(), signal[:, 5:15])
+    inputs = read_images([str(tmp_path / "a.npy")], shown(2, [10]))
+    assert np.array_equal(inputs.values[0].numpy(), signal[:, 5:15])
     Image.new("L", (8, 8)).save(tmp_path / "b.png")
     np.save(tmp_path / "c.npy", np.zeros((8, 8), np.float32))
     with pytest.raises(ValueError, match="one kind"):
@@ -68,12 +68,12 @@ def test_held_out_samples_by_key_or_the_first(shards: Path) -> None:
     data = shown(val=f"{shards}/test-*.tar")
     first = read_images([], data, 45)
     truth = digits()[1].images[[int(name) for name in first.names]]
-    assert np.array_equal(first.inputs[:, 0].numpy(), truth)
+    assert np.array_equal(first.values[:, 0].numpy(), truth)
     # One of each shard, the later first.
     keys = [first.names[44], first.names[3]]
     named = read_images(keys, data)
     assert named.names == keys
-    assert np.array_equal(named.inputs[:, 0].numpy(), truth[[44, 3]])
+    assert np.array_equal(named.values[:, 0].numpy(), truth[[44, 3]])
 
 
 def test_a_run_without_its_shards_takes_files(

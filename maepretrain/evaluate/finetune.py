@@ -218,7 +218,7 @@ def _use_targets(
 def _use_labels(
     data: ShardData, classes: int | None, fraction: float, per_class: int | None, seed: int
 ) -> int:
-    """Keep the labelled samples that were asked for to train on; return the number of classes."""
+    """Keep the chosen labelled samples to train on; return the number of classes."""
     labels = data.index.require_labels("fine-tuning")
     if data.val_index is None:
         count = count_classes(labels, classes=classes)

@@ -13,19 +13,19 @@ from maepretrain.training.experiment import of_rank, run_experiment
 
 
 def finetune_command(argv: list[str]) -> int:
-    """Run the verb; 0 when it came to its end, 130 when it was stopped."""
+    """Run `finetune`; 0 when it came to its end, 130 when it was stopped."""
     parser = _parser()
     allow_bare_flags(parser)
-    asked = parser.parse_args(argv)
-    if asked.seeds < 1:
-        raise ValueError(f"seeds {asked.seeds} must be at least 1")
-    with details(shown=asked.verbose):
-        if asked.seeds == 1:
+    arguments = parser.parse_args(argv)
+    if arguments.seeds < 1:
+        raise ValueError(f"seeds {arguments.seeds} must be at least 1")
+    with details(shown=arguments.verbose):
+        if arguments.seeds == 1:
             code = run_experiment(finetune, _parser(), argv)
         else:
-            code = _run_seeds(argv, asked)
+            code = _run_seeds(argv, arguments)
     if not code:
-        print_finetuned(Path(asked.run))
+        print_finetuned(Path(arguments.run))
     return of_rank(code)
 
 
@@ -35,13 +35,13 @@ def _parser() -> Any:
     return parser
 
 
-def _run_seeds(argv: list[str], asked: Any) -> int:
+def _run_seeds(argv: list[str], arguments: Any) -> int:
     """Fine-tune in RUN/seed-N for every seed; a resume goes on after the seeds that are done."""
     results = []
-    for seed in range(asked.seed, asked.seed + asked.seeds):
-        run = Path(asked.run) / f"seed-{seed}"
+    for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+        run = Path(arguments.run) / f"seed-{seed}"
         path = run / "results.json"
-        if not (asked.resume and path.exists()):
+        if not (arguments.resume and path.exists()):
             one = [*argv, "--seeds", "1", "--seed", str(seed), "--run", str(run)]
             code = run_experiment(finetune, _parser(), one)
             if code:
@@ -49,5 +49,5 @@ def _run_seeds(argv: list[str], asked: Any) -> int:
         if path.exists():
             results.append(read_results(path)["finetune"])
     if results:
-        write_summary(Path(asked.run), results)
+        write_summary(Path(arguments.run), results)
     return 0

@@ -88,7 +88,7 @@ def sensitivity(
 def across(
     direction: Float[Tensor, "b *size"], tangents: Float[Tensor, "b k *size"]
 ) -> Float[Tensor, "b *size"]:
-    """What of a direction lies across a manifold with these tangents (any basis of full rank)."""
+    """The part of a direction across a manifold with these tangents (any basis of full rank)."""
     basis, _ = torch.linalg.qr(tangents.flatten(2).mT)  # (b, v, k), orthonormal
     flat = direction.flatten(1)[..., None]
     return (flat - basis @ (basis.mT @ flat)).squeeze(-1).view_as(direction)

@@ -15,7 +15,7 @@ from maepretrain.randomness import permutation
 def count_classes(
     train: Int64[Tensor, "n"], *others: Int64[Tensor, "_"], classes: int | None = None
 ) -> int:
-    """Classes 0..count-1 of the training labels, or the `classes` that were asked for.
+    """Number of classes: those of the training labels, or `classes` where it is set.
 
     Labels below 0 (none, or a wrong one) do not count.
 
@@ -26,15 +26,26 @@ def count_classes(
     known = train[train >= 0]
     if not len(known):
         raise ValueError("no training sample has a label >= 0")
-    found = known.unique()
-    count = int(found[-1]) + 1 if classes is None else classes
-    if len(found) < 2:
-        raise ValueError(f"telling classes apart needs two or more; all labels are {int(found[0])}")
-    for name, labels in (("training", train), *(("test", other) for other in others)):
-        if len(labels) and (largest := int(labels.max())) >= count:
-            rule = "the training labels end at" if classes is None else f"{classes} classes end at"
-            raise ValueError(f"{name} label {largest} is out of range: {rule} {count - 1}")
+    present = known.unique()
+    if len(present) < 2:
+        raise ValueError(
+            f"telling classes apart needs two or more; all labels are {int(present[0])}"
+        )
+    if classes is None:
+        count = int(present[-1]) + 1
+        rule = "the training labels end at"
+    else:
+        count = classes
+        rule = f"{classes} classes end at"
+    _check_range("training", train, count, rule)
+    for labels in others:
+        _check_range("test", labels, count, rule)
     return count
+
+
+def _check_range(name: str, labels: Int64[Tensor, "n"], count: int, rule: str) -> None:
+    if len(labels) and int(labels.max()) >= count:
+        raise ValueError(f"{name} label {int(labels.max())} is out of range: {rule} {count - 1}")
 
 
 def choose_labels(
@@ -52,7 +63,7 @@ def choose_labels(
         seed: which samples; a smaller choice lies inside a larger one of the same seed.
 
     Raises:
-        ValueError: both given, a fraction outside (0, 1], a class without samples or with fewer
+        ValueError: both set, a fraction outside (0, 1], a class without samples or with fewer
             than `per_class`.
     """
     if per_class is not None and fraction != 1:
@@ -64,16 +75,17 @@ def choose_labels(
     if per_class is not None and per_class < 1:
         raise ValueError(f"labels_per_class {per_class} must be at least 1")
     counts = labels[labels >= 0].bincount()
+    if not len(counts):
+        raise ValueError("no sample has a label >= 0")
     needed = per_class or 1
-    if (short := (counts < needed).nonzero().flatten().tolist()) or not len(counts):
-        raise ValueError(
-            f"class {short[0]} has {int(counts[short[0]])} labelled samples, {needed} are needed"
-            if short
-            else "no sample has a label >= 0"
-        )
-    return _of_every_class(
-        labels, seed, "labels", lambda n: slice(per_class or max(1, round(fraction * n)))
-    )
+    for label, count in enumerate(counts.tolist()):
+        if count < needed:
+            raise ValueError(f"class {label} has {count} labelled samples, {needed} are needed")
+
+    def share(n: int) -> slice:
+        return slice(per_class or max(1, round(fraction * n)))
+
+    return _of_every_class(labels, seed, "labels", share)
 
 
 def folds_for_choosing(
@@ -95,11 +107,11 @@ def folds_for_choosing(
     while sum(len(held) for _, held in folds) < enough:
         fold = len(folds)
 
-        def part(n: int, fold: int = fold) -> slice:
+        def share_of_fold(n: int, fold: int = fold) -> slice:
             size = min(n - 1, max(1, round(share * n)))
             return slice(fold * size, (fold + 1) * size)
 
-        chosen = _of_every_class(labels, seed, "choose", part)
+        chosen = _of_every_class(labels, seed, "choose", share_of_fold)
         if not len(chosen):
             break
         fitted = labels >= 0
@@ -113,12 +125,12 @@ def folds_for_choosing(
 
 
 def _of_every_class(
-    labels: Int64[Tensor, "n"], seed: int, stream: str, part: Callable[[int], slice]
+    labels: Int64[Tensor, "n"], seed: int, stream: str, share: Callable[[int], slice]
 ) -> Int64[Tensor, "m"]:
-    """Of every class with n samples the `part(n)` of their permutation."""
+    """Of every class with n samples the `share(n)` of their permutation."""
     chosen = [torch.empty(0, dtype=torch.int64)]
     for label in labels[labels >= 0].unique().tolist():
         numbers = (labels == label).nonzero().flatten()
         order = permutation(seed, stream, len(numbers), label)
-        chosen.append(numbers[order[part(len(numbers))]])
+        chosen.append(numbers[order[share(len(numbers))]])
     return torch.cat(chosen).sort().values

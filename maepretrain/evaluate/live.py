@@ -16,10 +16,10 @@ from maepretrain.ranks import run_on_all
 
 
 class LiveEvaluation(L.Callback):
-    """Linear probe and k-NN on held-out labels at each validation, outside the engine.
+    """Linear probe and k-NN on held-out labels at each validation, outside the training strategy.
 
-    The bank is the first `bank` training samples, centre-cropped; the questions are the held-out
-    samples. Nothing of it touches the model's gradients or a random generator, so the loss curve is
+    The bank is `bank` training samples, centre-cropped; the queries are the held-out samples.
+    Nothing of it touches the model's gradients or a random generator, so the loss curve is
     bit-equal with it on or off.
 
     Args:
@@ -29,11 +29,12 @@ class LiveEvaluation(L.Callback):
     def __init__(self, bank: int, k: int = 20) -> None:
         if bank < k:
             raise ValueError(f"live_probe {bank} must be at least {k}, the neighbours of its k-NN")
-        self.size, self.k = bank, k
+        self.size = bank
+        self.k = k
         self.bank: ShardIndex | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Choose the bank, and find out now, not hours later, whether it can be used."""
+        """Choose the bank, and refuse one that cannot be used now, not hours later."""
         data = cast(ShardData, cast(Any, trainer).datamodule)
         assert data.val_index is not None
         chosen = permutation(0, "bank", len(data.index))[: self.size]

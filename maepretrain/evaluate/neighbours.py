@@ -42,9 +42,9 @@ def nearest(
         best, order = torch.cat([best, top], 1).topk(min(k, best.shape[1] + top.shape[1]), dim=1)
         numbers = torch.cat([numbers, which + begin], 1).gather(1, order)
         begin += len(chunk)
-    there = begin - (own is not None)
-    if there < k:
-        raise ValueError(f"k-NN with k {k} needs a bank of at least k samples, not {there}")
+    others = begin if own is None else begin - 1
+    if others < k:
+        raise ValueError(f"k-NN with k {k} needs a bank of at least k samples, not {others}")
     return best, numbers
 
 
@@ -84,9 +84,10 @@ def knn_predict(
     Raises:
         ValueError: a bank with fewer than k samples.
     """
-    classes, predicted = int(labels.max()) + 1, []
-    for part in query.split(chunk):
-        cosine, numbers = nearest(part, bank.split(chunk), k)
+    classes = int(labels.max()) + 1
+    predicted = []
+    for queries in query.split(chunk):
+        cosine, numbers = nearest(queries, bank.split(chunk), k)
         predicted.append(vote(cosine, labels[numbers], classes, k, temperature).argmax(1))
     return torch.cat(predicted)
 
@@ -98,7 +99,7 @@ def knn_accuracy(
     labels: Int64[Tensor, "n"],
     k: int = 20,
 ) -> float:
-    """Share of queries that k-NN classifies rightly."""
+    """Share of queries that k-NN classifies correctly."""
     return float((knn_predict(query, bank, labels, k) == truth).float().mean())
 
 
@@ -123,7 +124,8 @@ class NeighbourSweep:
                 f"k-NN needs ks {list(ks)} and choose_on {choose_on} of at least 1 and "
                 f"temperatures {list(temperatures)} above 0"
             )
-        self.ks, self.temperatures = tuple(sorted(ks)), tuple(sorted(temperatures))
+        self.ks = tuple(sorted(ks))
+        self.temperatures = tuple(sorted(temperatures))
         self.choose_on = choose_on
 
     def fitting(self, bank: int) -> tuple[int, ...]:

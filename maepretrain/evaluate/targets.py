@@ -28,7 +28,7 @@ class Targets(nn.Module):
         path: CSV without a header, a sample a line: its key, then its class numbers (multilabel;
             with none it is of no class) or its values (regression).
         task: "multilabel" or "regression".
-        outputs: number of classes or values; default as the table tells.
+        outputs: number of classes or values; default those of the table.
 
     Raises:
         ValueError: a file that cannot be read so, or a key that comes twice.
@@ -38,7 +38,8 @@ class Targets(nn.Module):
 
     def __init__(self, path: Path, task: Task, outputs: int | None = None) -> None:
         super().__init__()
-        self.path, self.task = path, task
+        self.path = path
+        self.task = task
         with path.open(newline="") as file:
             lines = [line for line in csv.reader(file) if line]
         self.row = {line[0]: number for number, line in enumerate(lines)}
@@ -46,14 +47,15 @@ class Targets(nn.Module):
             raise ValueError(
                 f"targets {path}: {len(lines)} samples, {len(self.row)} different keys"
             )
-        read = _classes if task == "multilabel" else _values
+        read_rows = _class_rows if task == "multilabel" else _value_rows
         try:
-            rows = read([line[1:] for line in lines], outputs)
+            rows = read_rows([line[1:] for line in lines], outputs)
         except ValueError as error:
             raise ValueError(f"targets {path}: {error}") from error
         self.register_buffer("rows", rows, persistent=False)
         # Of the values as they are in the file: value = mean + std * what is predicted.
-        self.mean, self.std = [0.0] * rows.shape[1], [1.0] * rows.shape[1]
+        self.mean = [0.0] * rows.shape[1]
+        self.std = [1.0] * rows.shape[1]
 
     @property
     def outputs(self) -> int:
@@ -80,15 +82,16 @@ class Targets(nn.Module):
         return RowIndex(index.shards, self.row)
 
     def standardise(self, index: ShardIndex) -> None:
-        """Values of a regression to mean 0 and variance 1 over these samples: heads start at 0.
-
-        What they were stays in `mean` and `std`."""
+        """Standardise the values of a regression to mean 0 and variance 1 over these samples, for
+        heads start at 0; `mean` and `std` lead back to the file's values."""
         if self.task == "regression":
             trained = self.rows[index.labels()]
-            mean, std = trained.mean(0), trained.std(0)
+            mean = trained.mean(0)
+            std = trained.std(0)
             std = torch.where(std > 0, std, 1.0)
             self.rows.sub_(mean).div_(std)
-            self.mean, self.std = mean.tolist(), std.tolist()
+            self.mean = mean.tolist()
+            self.std = std.tolist()
 
     def loss(self, logits: Float[Tensor, "b k"], labels: Int64[Tensor, "b"]) -> Tensor:
         """Mean binary cross-entropy or squared error."""
@@ -103,7 +106,8 @@ class Targets(nn.Module):
         # Here, for scikit-learn would cost every pretraining half a second at its start.
         from sklearn.metrics import average_precision_score, r2_score
 
-        predicted, rows = logits.numpy(), self.rows.cpu()[labels].numpy()
+        predicted = logits.numpy()
+        rows = self.rows.cpu()[labels].numpy()
         if self.task == "regression":
             return {"r2": float(r2_score(rows, predicted)), "n": len(rows)}
         occurs = rows.any(0)
@@ -131,7 +135,7 @@ class RowIndex(ShardIndex):
         return self._columns[shard]
 
 
-def _classes(lines: list[list[str]], outputs: int | None) -> Float[Tensor, "m k"]:
+def _class_rows(lines: list[list[str]], outputs: int | None) -> Float[Tensor, "m k"]:
     numbers = [[int(word) for word in line if word] for line in lines]
     used = [number for line in numbers for number in line]
     count = outputs or max(used, default=-1) + 1
@@ -143,7 +147,7 @@ def _classes(lines: list[list[str]], outputs: int | None) -> Float[Tensor, "m k"
     return rows
 
 
-def _values(lines: list[list[str]], outputs: int | None) -> Float[Tensor, "m k"]:
+def _value_rows(lines: list[list[str]], outputs: int | None) -> Float[Tensor, "m k"]:
     count = outputs or len(lines[0])
     wrong = [line for line in lines if len(line) != count]
     if wrong or not count:

@@ -58,14 +58,14 @@ COMPARED = {
 
 @dataclass(frozen=True)
 class Budget:
-    """What a pretraining may take: CPU seconds, or a number of steps where it is given."""
+    """Budget of a pretraining: CPU seconds, or a number of steps where it is set."""
 
     cpu_seconds: float
     steps: int | None = None
 
     @property
     def number(self) -> float:
-        """Steps where they are given, else CPU seconds."""
+        """Steps where they are set, else CPU seconds."""
         return self.cpu_seconds if self.steps is None else float(self.steps)
 
     def __str__(self) -> str:

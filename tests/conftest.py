@@ -8,15 +8,13 @@ from pathlib import Path
 # One thread: a second one makes small models slower, and bit-equal sums need a fixed number.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import jaxtyping
 import pytest
-import torch
-from support.runs import call_cli, pretrain_tiny_model
 
-from maepretrain.data.shards.write import Arrays, write_shards
-from maepretrain.parsing.configs import config_words
-from maepretrain.workflows.quickstart import digits
-
-torch.set_num_threads(1)
+# Types and shapes of every call are checked. Not by jaxtyping's option for pytest: the processes of
+# pytest-xdist do not get it. Torch and Lightning are imported in the fixtures, for its first
+# process, which only hands out the tests, needs neither.
+jaxtyping.install_import_hook("maepretrain", "beartype.beartype")
 
 
 def pytest_runtest_teardown() -> None:
@@ -28,6 +26,9 @@ def pytest_runtest_teardown() -> None:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real digits: 150 to train on in 4 uneven shards (train-*.tar), 50 held out (test-*.tar)."""
+    from maepretrain.data.shards.write import Arrays, write_shards
+    from maepretrain.workflows.quickstart import digits
+
     folder = tmp_path_factory.mktemp("shards")
     train, test = digits()
     write_shards(Arrays(train.images[:150], train.labels[:150]), folder, "train", 43)
@@ -38,6 +39,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_cli() -> Callable[..., int]:
     """`maepretrain ...` in this process: importing torch and lightning anew costs ten seconds."""
+    from support.runs import call_cli
+
     return call_cli
 
 
@@ -45,12 +48,16 @@ def run_cli() -> Callable[..., int]:
 def pretrain_tiny(shards: Path) -> Callable[..., int]:
     """`maepretrain pretrain` of recipe/mae_digits with a tiny model on the small shards; 6 steps an
     epoch."""
+    from support.runs import pretrain_tiny_model
+
     return lambda run, *more: pretrain_tiny_model(shards, run, *more)
 
 
 @pytest.fixture(scope="session")
 def tiny_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of 6 steps of that model. Tests read it; one that writes copies it first."""
+    from support.runs import pretrain_tiny_model
+
     run = tmp_path_factory.mktemp("tiny") / "run"
     assert pretrain_tiny_model(shards, run, "--trainer.max_steps", 6) == 0
     return run
@@ -60,6 +67,10 @@ def tiny_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def applied(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The run of a few steps of a config on the small shards, of pixels in 0..1; made once for all
     tests."""
+    from support.runs import call_cli
+
+    from maepretrain.parsing.configs import config_words
+
     folder, made = tmp_path_factory.mktemp("applied"), {}
 
     def make(name: str, *more: object) -> Path:

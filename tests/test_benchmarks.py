@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import tiny
 
 from benchmarks import __main__ as command
 from benchmarks.gemm import products
@@ -23,25 +24,6 @@ from maepretrain.models.mae.model import MaskedAutoencoder
 NAMES = [
     name for name in (*command.NAMES, *command.HOURS) if (command.HERE / f"{name}.py").exists()
 ]
-
-
-def tiny(**changes: Any) -> MaskedAutoencoder:
-    """With weights that are nowhere zero or one, so that every one of them matters."""
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "image_size": 32,
-        "patch_size": 8,
-        "encoder_width": 32,
-        "encoder_depth": 2,
-        "encoder_heads": 2,
-        "decoder_width": 16,
-        "decoder_depth": 2,
-        "decoder_heads": 2,
-    }
-    model = MaskedAutoencoder(**(sizes | changes))
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 def given(model: MaskedAutoencoder) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +135,7 @@ def test_optimizer_flag_is_what_runs() -> None:
 def test_products_are_the_flops_of_the_step() -> None:
     """All but the attention's own products, which are no linear layers: q k^T and its softmax by v
     are 4 t^2 d forward in each block, and twice that backward."""
-    model, batch = tiny(decoder_depth=3), 3
+    model, batch = tiny(encoder_width=32, decoder_depth=3), 3
     linear = sum(product.times * product.flops for product in products(model, batch))
     # The gradient of the pixels is timed, though no step needs it.
     embedding = next(p for p in products(model, batch) if p.layer == "patch embedding")

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from support.models import tiny_gray
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from transformers import AutoImageProcessor, ViTMAEForPreTraining, ViTMAEModel
@@ -25,27 +26,12 @@ Run = Callable[..., int]
 FORMATS = ("timm", "hf", "mae", "safetensors")
 
 
+# More heads and layers of the decoder than the encoder has, so that neither stands for the other.
+CHANGES = {"decoder_depth": 2, "decoder_heads": 4, "norm_pix": False, "mask_ratio": 0.5}
+
+
 def tiny(**changes: Any) -> Any:
-    """With weights that are nowhere zero or one, so that every one of them matters."""
-    torch.manual_seed(0)
-    arguments: dict[str, Any] = {
-        "image_size": 16,
-        "patch_size": 4,
-        "channels": 1,
-        "encoder_width": 32,
-        "encoder_depth": 3,
-        "encoder_heads": 2,
-        "decoder_width": 16,
-        "decoder_depth": 2,
-        "decoder_heads": 4,
-        "norm_pix": False,
-        "mask_ratio": 0.5,
-    }
-    model = MaskedAutoencoder(**(arguments | changes))
-    generator = torch.Generator().manual_seed(0)
-    for tensor in model.parameters():
-        tensor.data += 0.1 * torch.randn(tensor.shape, generator=generator)
-    return model.eval()
+    return tiny_gray(**(CHANGES | changes))
 
 
 def saved(model: MaskedAutoencoder, folder: Path) -> str:

@@ -12,6 +12,7 @@ import timm
 import torch
 import yaml
 from safetensors.torch import save_file
+from support.models import tiny_gray
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,32 +22,10 @@ from maepretrain.checkpoints.encoders import fresh_encoder, load_encoder, requir
 from maepretrain.checkpoints.official import official_weights
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate.options import data_of_encoder, evaluation_parser
-from maepretrain.models.mae.model import MaskedAutoencoder
 from maepretrain.models.mae.positions import sincos_positions
 from maepretrain.models.timm_encoder import TimmViT
 from maepretrain.parsing.errors import UserError
 from maepretrain.parsing.parser import make_parser, parse
-
-
-def tiny(seed: int = 0, **changes: Any) -> Any:
-    """With weights that are nowhere zero or one, so that every one of them matters."""
-    torch.manual_seed(seed)
-    arguments: dict[str, Any] = {
-        "image_size": 16,
-        "patch_size": 4,
-        "channels": 1,
-        "encoder_width": 32,
-        "encoder_depth": 3,
-        "encoder_heads": 2,
-        "decoder_width": 16,
-        "decoder_depth": 1,
-        "decoder_heads": 2,
-    }
-    model = MaskedAutoencoder(**(arguments | changes))
-    generator = torch.Generator().manual_seed(seed)
-    for tensor in model.parameters():
-        tensor.data += 0.1 * torch.randn(tensor.shape, generator=generator)
-    return model.eval()
 
 
 def images(*size: int, channels: int = 1) -> Tensor:
@@ -90,7 +69,7 @@ def through_hooks(blocks: Any, call: Callable[[], object]) -> list[Tensor]:
 
 @pytest.mark.parametrize("blocks", [[0, 1, 2], [-1], [2, 0, -2], []])
 def test_features_are_what_hooks_see(blocks: list[int]) -> None:
-    model, x = tiny(), images(16, 16)
+    model, x = tiny_gray(), images(16, 16)
     seen = through_hooks(model.encoder.blocks, lambda: model.encoder.forward_features(x))
     found = model.features(x, blocks)
     assert len(found) == len(blocks)
@@ -104,18 +83,18 @@ def test_features_are_what_hooks_see(blocks: list[int]) -> None:
 
 
 def test_features_stop_at_the_last_block_that_is_wanted() -> None:
-    model, x = tiny(), images(16, 16)
+    model, x = tiny_gray(), images(16, 16)
     assert len(through_hooks(model.encoder.blocks, lambda: model.features(x, [0, 1]))) == 2
 
 
 @pytest.mark.parametrize("block", [3, -4])
 def test_blocks_that_are_not_there_are_refused(block: int) -> None:
     with pytest.raises(ValueError, match=f"block {block} is none of the encoder's 3"):
-        tiny().features(images(16, 16), [0, block])
+        tiny_gray().features(images(16, 16), [0, block])
 
 
 def test_encoding_recomputes_where_it_was_asked_to() -> None:
-    plain, saving = tiny(), tiny(activation_checkpointing=True)
+    plain, saving = tiny_gray(), tiny_gray(activation_checkpointing=True)
     x, calls = images(16, 16), []
     hooks = [
         m.encoder.blocks[0].register_forward_pre_hook(lambda m, _: calls.append(m))
@@ -140,7 +119,7 @@ def official_interpolation(positions: Tensor, old: int, new: int) -> Tensor:
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_positions_are_interpolated_as_the_official_code_does(trained: bool) -> None:
-    model = tiny()
+    model: Any = tiny_gray()
     if trained:
         model.train_positions()
         model.encoder.pos_embed.data += torch.randn(1, 17, 32)
@@ -160,7 +139,7 @@ def test_positions_are_interpolated_as_the_official_code_does(trained: bool) -> 
 
 def test_a_resized_model_gives_what_timms_does() -> None:
     """To a grid that is not square."""
-    model = tiny()
+    model = tiny_gray()
     vit: Any = timm.create_model(
         "vit_base_patch16_224",
         img_size=16,
@@ -239,7 +218,7 @@ def test_fresh_encoders_are_seeded_and_have_positions_of_their_own(
 @pytest.mark.parametrize("prefix", ["", "model.", "_forward_module.model."])
 def test_a_consolidated_file_is_read_with_the_runs_architecture(run: Path, prefix: str) -> None:
     """DeepSpeed's zero_to_fp32 gives the names of Lightning's module, from whichever wrapper."""
-    model = tiny(encoder_depth=2)
+    model = tiny_gray(encoder_depth=2)
     weights = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     torch.save(weights, run / "checkpoints" / "pytorch_model.bin")
     loaded: Any = load_encoder(str(run / "checkpoints" / "pytorch_model.bin"))
@@ -384,14 +363,14 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, data: Callable[..., Sh
     empty = tmp_path / "empty"
     empty.mkdir()
     other = tmp_path / "other.pth"
-    torch.save(official_weights(tiny()), other)
+    torch.save(official_weights(tiny_gray()), other)
     wrong = run / "checkpoints" / "wrong.ckpt"
-    torch.save(tiny(encoder_depth=3).state_dict(), wrong)
+    torch.save(tiny_gray(encoder_depth=3).state_dict(), wrong)
     odd = tmp_path / "odd.safetensors"
     about = {"maepretrain": json.dumps({"encoder": "hf-hub:some/where"})}
-    save_file(tiny().state_dict(), odd, about)
+    save_file(tiny_gray().state_dict(), odd, about)
     strange = tmp_path / "strange.safetensors"
-    save_file(tiny().state_dict(), strange, {"maepretrain": json.dumps({"depth": 3})})
+    save_file(tiny_gray().state_dict(), strange, {"maepretrain": json.dumps({"depth": 3})})
     for spec, size, channels, rule in (
         ("nowhere", 16, 1, "encoder nowhere is no run folder, no file, and no timm:NAME"),
         (str(empty), 16, 1, "is no run folder: it holds no config.yaml"),

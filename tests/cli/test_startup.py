@@ -29,6 +29,7 @@ def server() -> Iterator[FaultServer]:
     server.close()
 
 
+@pytest.mark.slow
 def test_imports_are_what_torch_and_lightning_cost() -> None:
     # To the first look at the data, which is not there: all that a pretraining imports.
     words = [

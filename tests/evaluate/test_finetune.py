@@ -16,7 +16,7 @@ from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.evaluate.classifier import Classifier
 
 Run = Callable[..., int]
-LONG = ["--optim.base_lr", 0.1, "--trainer.max_epochs", 30]
+LONG = ["--optim.base_lr", 0.1, "--trainer.max_epochs", 15]
 EVERYTHING = [
     *("--augment.mixup", 0.8, "--augment.cutmix", 1.0, "--augment.erasing", 0.5),
     *("--augment.randaugment", "rand-m9-mstd0.5-inc1", "--ema", 0.9, "--drop_path", 0.3),
@@ -97,7 +97,7 @@ def test_a_frozen_encoder_does_not_change_by_one_bit(
     tmp_path: Path, encoder: Path, finetune: Run, head: str, pool: str
 ) -> None:
     frozen = ["--trained_blocks", 0, "--optim.layer_decay", 1, "--head", head, "--pool", pool]
-    assert finetune(tmp_path / "probe", *frozen, "--heads", 4, "--trainer.max_epochs", 2) == 0
+    assert finetune(tmp_path / "probe", *frozen, "--heads", 4, "--trainer.max_epochs", 1) == 0
     assert changed(tmp_path / "probe", encoder) == set()
     assert weights(tmp_path / "probe")["head.linear.weight"].std() > 3e-5  # it has trained
 
@@ -105,7 +105,7 @@ def test_a_frozen_encoder_does_not_change_by_one_bit(
 def test_partial_tuning_trains_the_last_blocks_and_the_final_norm(
     tmp_path: Path, encoder: Path, finetune: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = ["--trained_blocks", 1, "--trainer.max_epochs", 2]
+    short = ["--trained_blocks", 1, "--trainer.max_epochs", 1]
     assert finetune(tmp_path / "one", *short, "--verbose") == 0
     last = [n for n in weights(encoder) if n.startswith(("model.encoder.blocks.1.",))]
     norm = ["model.encoder.norm.weight", "model.encoder.norm.bias"]
@@ -117,7 +117,7 @@ def test_partial_tuning_trains_the_last_blocks_and_the_final_norm(
 def test_full_tuning_trains_everything_but_the_decoder(
     tmp_path: Path, encoder: Path, finetune: Run
 ) -> None:
-    assert finetune(tmp_path / "all", "--trainer.max_epochs", 2) == 0
+    assert finetune(tmp_path / "all", "--trainer.max_epochs", 1) == 0
     names = {n for n in weights(encoder) if n.startswith("model.encoder.")}
     assert changed(tmp_path / "all", encoder) == names
 
@@ -128,7 +128,7 @@ def test_a_fine_tuned_run_is_an_encoder(
 ) -> None:
     """Its tensors are the ones the classifier ended with, averaged where it averages; a probe of it
     and a second fine-tuning run."""
-    assert finetune(tmp_path / "tuned", *more, "--trainer.max_epochs", 2) == 0
+    assert finetune(tmp_path / "tuned", *more, "--trainer.max_epochs", 1) == 0
     state = weights(tmp_path / "tuned")
     prefix = "ema.module.model." if "--ema" in more else "model."
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -171,6 +171,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return stop
 
 
+@pytest.mark.slow
 def test_resume_with_everything_on_equals_never_stopped(
     tmp_path: Path, finetune: Run, stop_at: Callable[[int], None]
 ) -> None:

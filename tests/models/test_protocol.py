@@ -19,18 +19,12 @@ def losses(run: Path) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
 
-def held_out(run: Path) -> float:
-    with (run / "metrics.csv").open(newline="") as file:
-        return [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]][-1]
-
-
 @pytest.mark.parametrize("name", IMAGES)
 def test_a_config_trains_and_keeps_the_contract(
     name: str, shards: Path, tmp_path: Path, run_cli: Callable[..., int]
 ) -> None:
-    """20 steps at a learning rate for 256 a step: the loss falls, of training and held-out data."""
-    rate = ["--optim.base_lr", "2e-2"] if name in SLOW_AT_FIRST else []
-    assert run_cli(*options(name, shards, tmp_path / "run", 20), *rate) == 0
+    """20 steps at a learning rate for 256 a step: the training loss falls."""
+    assert run_cli(*options(name, shards, tmp_path / "run", 20)) == 0
     found = losses(tmp_path / "run")
     assert len(found) == 20
     assert sum(found[-5:]) < sum(found[:5])
@@ -59,10 +53,6 @@ def test_a_config_trains_and_keeps_the_contract(
     assert inside and inside <= {id(p) for p in model.parameters()}
     with pytest.raises(ValueError, match="the model takes"):
         model.encode(torch.rand(2, 1, 8, 8))
-
-
-# Their first steps at the config's own rate change little.
-SLOW_AT_FIRST: set[str] = set()
 
 
 @pytest.mark.slow

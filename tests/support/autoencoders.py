@@ -23,5 +23,6 @@ def options(name: str, shards: Path, run: Path, steps: int) -> list[str]:
         *("--data.image_size", "16", "--data.global_batch", "30", "--data.num_workers", "0"),
         *("--data.flip", "0", "--optim.warmup_epochs", "0", "--trainer.log_every_n_steps", "1"),
         *("--trainer.accelerator", "cpu", "--trainer.check_val_every_n_epoch", "100"),
+        *("--pictures", "2"),
         *(GRAY if name.startswith("data/photographs+recipe/compression") else ()),
     ]

@@ -7,21 +7,43 @@ from torch import Tensor
 
 from maepretrain.models.mae.model import MaskedAutoencoder
 
+SIZES = {
+    "image_size": 32,
+    "patch_size": 8,
+    "encoder_width": 24,
+    "encoder_depth": 2,
+    "encoder_heads": 2,
+    "decoder_width": 16,
+    "decoder_depth": 2,
+    "decoder_heads": 2,
+}
+# For small gray pictures, as digits are.
+GRAY_SIZES = {
+    "image_size": 16,
+    "patch_size": 4,
+    "channels": 1,
+    "encoder_width": 32,
+    "encoder_depth": 3,
+    "encoder_heads": 2,
+    "decoder_width": 16,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+}
 
-def tiny(**arguments: Any) -> MaskedAutoencoder:
+
+def tiny(seed: int = 0, **changes: Any) -> MaskedAutoencoder:
     """A small model whose weights are all moved from their initial values, which hide mistakes."""
-    sizes = {
-        "image_size": 32,
-        "patch_size": 8,
-        "encoder_width": 24,
-        "encoder_depth": 2,
-        "encoder_heads": 2,
-        "decoder_width": 16,
-        "decoder_depth": 2,
-        "decoder_heads": 2,
-    }
-    torch.manual_seed(0)
-    model = MaskedAutoencoder(**{**sizes, **arguments})
+    return _moved(seed, SIZES | changes)
+
+
+def tiny_gray(seed: int = 0, **changes: Any) -> MaskedAutoencoder:
+    """The same for pictures of 16 x 16 in one channel, in evaluation mode."""
+    return _moved(seed, GRAY_SIZES | changes).eval()
+
+
+def _moved(seed: int, arguments: dict[str, Any]) -> MaskedAutoencoder:
+    torch.manual_seed(seed)
+    model = MaskedAutoencoder(**arguments)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

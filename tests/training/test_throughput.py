@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.runs import SGD, assert_same_weights, column, cut_back
+from support.runs import SGD, assert_same_weights, column, cut_back, pretrain_tiny_model
 
 from maepretrain.models.flops import peak_here, peak_of
 from maepretrain.models.mae.model import MaskedAutoencoder
@@ -58,27 +59,43 @@ def test_the_peak_is_a_rate_of_real_products() -> None:
     assert peak_of("a100", torch.bfloat16) == 312
 
 
+SIX_STEPS = ["--trainer.max_steps", 6, "--keep_every_steps", 1, *SIXTEEN]
+
+
+@pytest.fixture(scope="module")
+def never_stopped(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of images that are small for three steps, with a checkpoint of every step."""
+    run = tmp_path_factory.mktemp("never-stopped") / "run"
+    assert pretrain_tiny_model(shards, run, *SIX_STEPS) == 0
+    return run
+
+
 @pytest.mark.parametrize("step", [2, 3, 4], ids=["before", "at the switch", "after"])
-def test_small_images_first_and_a_stop_on_either_side(
-    tmp_path: Path, pretrain_tiny: Run, monkeypatch: pytest.MonkeyPatch, step: int
+def test_a_stop_on_either_side_of_the_switch(
+    tmp_path: Path, never_stopped: Path, pretrain_tiny: Run, step: int
 ) -> None:
-    seen: list[int] = []
-    grid = MaskedAutoencoder._grid
+    cut = tmp_path / "cut"
+    shutil.copytree(never_stopped, cut)
+    cut_back(cut, step)
+    assert pretrain_tiny(cut, *SIX_STEPS, "--resume") == 0
+    assert_same_weights(never_stopped, cut)
+    assert column(cut, "loss") == column(never_stopped, "loss")
 
-    def noted(self: MaskedAutoencoder, images: torch.Tensor) -> tuple[int, int]:
-        if torch.is_grad_enabled() and (not seen or len(seen) < 2 * 12):
-            seen.append(images.shape[-1])
-        return grid(self, images)
 
-    monkeypatch.setattr(MaskedAutoencoder, "_grid", noted)
-    length = ["--trainer.max_steps", 6, "--keep_every_steps", 1, *SIXTEEN]
-    assert pretrain_tiny(tmp_path / "whole", *length) == 0
-    assert seen[:12] == [8] * 6 + [16] * 6  # the loss and its encoder each look once a step
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    cut_back(tmp_path / "cut", step)
-    assert pretrain_tiny(tmp_path / "cut", *length, "--resume") == 0
-    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
-    assert column(tmp_path / "cut", "loss") == column(tmp_path / "whole", "loss")
+def test_images_are_small_first(
+    tmp_path: Path, pretrain_tiny: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    forward = MaskedAutoencoder.forward
+
+    def noted(self: MaskedAutoencoder, batch: Any, *noise: Any) -> Any:
+        if self.training:
+            sizes.append(batch["input"].shape[-1])
+        return forward(self, batch, *noise)
+
+    monkeypatch.setattr(MaskedAutoencoder, "forward", noted)
+    assert pretrain_tiny(tmp_path / "whole", *SIX_STEPS) == 0
+    assert sizes == [8] * 3 + [16] * 3
 
 
 @pytest.mark.parametrize(

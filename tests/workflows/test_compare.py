@@ -10,6 +10,7 @@ import yaml
 
 from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.data.module import ShardData
+from maepretrain.parsing.errors import UserError
 from maepretrain.workflows import compare as module
 
 TINY_MAE = {
@@ -173,3 +174,17 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_joined_configs_are_words_and_a_folder(tmp_path: Path) -> None:
+    joined = "data/fashion_mnist+recipe/sparse+model.penalty=kl"
+    configs = ["-c", "data/fashion_mnist", "-c", "recipe/sparse"]
+    assert module.words_of(joined) == [*configs, "--model.penalty", "kl"]
+    assert module.name_of(joined) == "sparse+model.penalty=kl"
+    assert module.name_of("data/digits+recipe/mae_digits+run=a/b") == "mae_digits+run=a_b"
+    file = tmp_path / "a+b.yaml"
+    file.write_text("seed: 0\n")
+    assert module.words_of(str(file)) == ["-c", str(file)]
+    assert module.name_of(str(file)) == "a+b"
+    with pytest.raises(UserError, match="no config file recipe/spars "):
+        module.words_of("data/digits+recipe/spars")

@@ -96,7 +96,7 @@ def _options_of_run(argv: list[str], skip: Sequence[str], also: Sequence[str]) -
 def _named_encoder(argv: list[str]) -> str | None:
     """The encoder that options or configs name, the last one winning."""
     named = None
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         option, equals, value = word.partition("=")
         value = value if equals else following
         if option == "--encoder":

@@ -194,7 +194,7 @@ def describe(run: Path, now: float | None = None) -> dict[str, str]:
     steps = saved.get("steps", 0)
     state = saved.get("state", "not begun")
     rate = float(metrics.get("img_per_s", 0))
-    row = dict.fromkeys(
+    row: dict[str, str] = dict.fromkeys(
         ("state", "step", "epoch", "img/s", "ETA", "restarts", "last checkpoint", "silent"), "-"
     )
     row["state"] = state

@@ -27,7 +27,9 @@ from benchmarks.peers import lightly
 from benchmarks.timing import entry, positive, table
 from maepretrain.checkpoints.weights import OWN_KEY
 from maepretrain.data.module import ShardData
-from maepretrain.data.shards.write import Source, find_source, write_shards
+from maepretrain.data.settings import Crop
+from maepretrain.data.shards.sources import Source, find_source
+from maepretrain.data.shards.write import write_shards
 from maepretrain.evaluate.linear_sweep import LinearSweep
 from maepretrain.evaluate.neighbours import NeighbourSweep
 from maepretrain.evaluate.probe import probe
@@ -153,7 +155,7 @@ def _data(task: Task, shards: Path) -> ShardData:
         global_batch=1,
         image_size=task.sizes["image_size"],
         channels=1,
-        val_share=1.0,
+        crop=Crop(val_share=1.0),
         mean=(task.mean,),
         std=(task.std,),
         num_workers=0,

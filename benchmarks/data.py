@@ -31,9 +31,12 @@ from torchvision.transforms import functional
 
 from benchmarks.photographs import make_jpegs
 from benchmarks.timing import entry, positive, progress
-from maepretrain.data.images import UNIFORMS, Augment, decode
+from maepretrain.data.decode import decode
 from maepretrain.data.module import ShardData
-from maepretrain.data.shards.write import find_source, write_shards
+from maepretrain.data.settings import Crop
+from maepretrain.data.shards.sources import find_source
+from maepretrain.data.shards.write import write_shards
+from maepretrain.data.transforms import UNIFORMS, Augment
 from maepretrain.randomness import uniform
 
 BATCH, SIDE = 64, 224
@@ -55,7 +58,7 @@ Pass = Callable[[int], Iterator[int]]
 def ours(shards: str, crops: int = 1) -> Pass:
     """maepretrain's loader."""
     data = ShardData(
-        shards, global_batch=BATCH, image_size=SIDE, crops_per_image=crops, num_workers=0
+        shards, global_batch=BATCH, image_size=SIDE, crop=Crop(per_image=crops), num_workers=0
     )
     data.plan(1_000_000, 1, 1)
 

@@ -28,7 +28,8 @@ from benchmarks.photographs import make_jpegs
 from benchmarks.timing import entry, positive, progress, table, workers_seconds
 from maepretrain.data.batch import Batch
 from maepretrain.data.module import ShardData
-from maepretrain.data.shards.write import find_source, write_shards
+from maepretrain.data.shards.sources import find_source
+from maepretrain.data.shards.write import write_shards
 from maepretrain.models.mae.model import MaskedAutoencoder
 from maepretrain.training.optimizer import Optimization
 from maepretrain.training.pretrain import Pretrain

@@ -21,7 +21,8 @@ import torch
 from benchmarks.photographs import make_jpegs
 from benchmarks.timing import entry, positive, progress, table, workers_seconds
 from maepretrain.data.module import ShardData
-from maepretrain.data.shards.write import find_source, write_shards
+from maepretrain.data.shards.sources import find_source
+from maepretrain.data.shards.write import write_shards
 
 WORKERS, SHARDS = (0, 1, 2), (1, 8, 64)
 FLAT = 0.02  # the last quarter's mean against the second quarter's

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from benchmarks.timing import entry, positive, progress, table
-from maepretrain.data.shards.write import Arrays, write_shards
+from maepretrain.data.shards.sources import Arrays
+from maepretrain.data.shards.write import write_shards
 from maepretrain.workflows.quickstart import digits
 
 IMPORTS = "import torch, torchvision, lightning.pytorch, timm, jsonargparse"

@@ -29,7 +29,8 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 
 from maepretrain.compression.autoencoder import Compression
 from maepretrain.compression.codec import Codec, psnr
-from maepretrain.data.shards.write import ImageFolder, write_shards
+from maepretrain.data.shards.sources import ImageFolder
+from maepretrain.data.shards.write import write_shards
 from maepretrain.parsing.configs import config_words
 from maepretrain.workflows.pretrain import pretrain_command
 

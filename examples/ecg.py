@@ -24,7 +24,8 @@ from scipy.fft import dct, idct
 from sklearn.decomposition import PCA
 
 from maepretrain.checkpoints.encoders import load_encoder
-from maepretrain.data.shards.write import ImageFolder, write_shards
+from maepretrain.data.shards.sources import ImageFolder
+from maepretrain.data.shards.write import write_shards
 from maepretrain.plots.images import reconstruction_grid
 from maepretrain.workflows.pretrain import pretrain_command
 

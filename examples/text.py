@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from maepretrain.checkpoints.encoders import load_encoder
-from maepretrain.data.images import PADDING, SignalCrop
+from maepretrain.data.decode import PADDING
 from maepretrain.data.samples import Samples, ShardIndex
 from maepretrain.data.shards.index import open_shards
-from maepretrain.data.shards.write import ImageFolder, write_shards
+from maepretrain.data.shards.sources import ImageFolder
+from maepretrain.data.shards.write import write_shards
+from maepretrain.data.transforms import SignalCrop
 from maepretrain.workflows.pretrain import pretrain_command
 
 MODELS = {"mask tokens in the encoder": "masked_bytes", "in the decoder": "mae_bytes"}

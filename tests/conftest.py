@@ -26,7 +26,8 @@ def pytest_runtest_teardown() -> None:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real digits: 150 to train on in 4 uneven shards (train-*.tar), 50 held out (test-*.tar)."""
-    from maepretrain.data.shards.write import Arrays, write_shards
+    from maepretrain.data.shards.sources import Arrays
+    from maepretrain.data.shards.write import write_shards
     from maepretrain.workflows.quickstart import digits
 
     folder = tmp_path_factory.mktemp("shards")
@@ -79,7 +80,7 @@ def applied(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             command = ["pretrain", *config_words(name), "--run", run, "--pictures", 0]
             command += ["--data.train", f"{shards}/train-*.tar"]
             command += ["--data.val", f"{shards}/test-*.tar"]
-            command += ["--data.image_size", 8, "--data.global_batch", 30, "--data.flip", 0]
+            command += ["--data.image_size", 8, "--data.global_batch", 30, "--data.crop.flip", 0]
             command += ["--data.mean", "[0.0]", "--data.std", "[1.0]", "--data.num_workers", 0]
             command += ["--optim.warmup_epochs", 0, "--optim.base_lr", "2e-2"]
             command += ["--trainer.max_steps", 15, "--trainer.check_val_every_n_epoch", 100]

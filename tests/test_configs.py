@@ -108,8 +108,8 @@ def test_the_papers_recipe(size: str) -> None:
     optim, data, model = config.optim, config.data, config.model.init_args
     assert (optim.optimizer, optim.base_lr, optim.weight_decay) == ("adamw", 1.5e-4, 0.05)
     assert (tuple(optim.betas), optim.warmup_epochs, optim.min_lr) == ((0.9, 0.95), 40, 0)
-    assert (data.global_batch, tuple(data.scale), data.flip) == (4096, (0.2, 1.0), 0.5)
-    assert (model.masking.ratio, model.norm_pix, config.trainer.max_epochs) == (0.75, True, 800)
+    assert (data.global_batch, tuple(data.crop.scale), data.crop.flip) == (4096, (0.2, 1.0), 0.5)
+    assert (model.mask_ratio, model.norm_pix, config.trainer.max_epochs) == (0.75, True, 800)
     assert (model.decoder_width, model.decoder_depth, model.decoder_heads) == (512, 8, 16)
     assert optim.base_lr * data.global_batch / 256 == pytest.approx(2.4e-3)
 
@@ -191,7 +191,7 @@ def test_k_nn_of_imagenet_tries_the_usual_settings() -> None:
     config = parse("data/imagenet+eval/knn_vit", "knn")
     assert tuple(config.neighbours.ks) == (10, 20, 100, 200)
     assert tuple(config.neighbours.temperatures) == (0.07,)
-    assert (config.data.image_size, config.data.val_share) == (224, 0.875)
+    assert (config.data.image_size, config.data.crop.val_share) == (224, 0.875)
     few = parse("data/fashion_mnist+labels_per_class=5+seeds=5", "probe")
     assert (few.labels_per_class, few.seeds, few.data.image_size) == (5, 5, 28)
 

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 from maepretrain.apply.embeddings import Embeddings, check_path, write
 from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.data.batch import Batch
-from maepretrain.data.images import CentreCrop
 from maepretrain.data.module import ShardData
 from maepretrain.data.normalise import Normalise
 from maepretrain.data.samples import Samples
+from maepretrain.data.transforms import CentreCrop
 from maepretrain.evaluate.options import evaluation_parser
 from maepretrain.evaluate.processes import Processes
 from maepretrain.parsing.parser import make_parser, parse
@@ -188,7 +188,7 @@ def _how_made(encoder: str, pool: Pool, data: ShardData) -> str:
         "std": list(data.std),
     }
     if isinstance(data.centre_crop, CentreCrop):
-        view["val_share"] = data.centre_crop.share
+        view["crop"] = {"val_share": data.centre_crop.share}
     return json.dumps({"encoder": spec, "pool": pool, "data": view})
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from maepretrain.checkpoints.encoders import load_autoencoder
 from maepretrain.data.errors import Unreadable
-from maepretrain.data.images import CentreCrop
-from maepretrain.data.module import ShardData
+from maepretrain.data.module import ShardData, add_data, shard_data
 from maepretrain.data.normalise import Normalise
 from maepretrain.data.samples import Pixels, ShardIndex
 from maepretrain.data.shards.tar import INPUT_EXTENSIONS
+from maepretrain.data.transforms import CentreCrop
 from maepretrain.evaluate.options import data_of_encoder
 from maepretrain.models.protocol import Seeded
 from maepretrain.parsing.parser import allow_bare_flags, make_parser
@@ -33,13 +33,11 @@ DATA_OPTIONS = {
     "val",
     "image_size",
     "channels",
-    "scale",
+    "crop",
     "exif",
-    "val_share",
     "mean",
     "std",
     "cache",
-    "cache_gb",
 }
 # Options that take several words: the type of each, and their help.
 LIST_OPTIONS: dict[str, tuple[type, str]] = {
@@ -65,13 +63,13 @@ def parse_application(
         if name in inspect.signature(function).parameters:
             parser.add_argument(f"--{name}", nargs="*", type=kind, default=[], help=help_text)
     skip = set(inspect.signature(ShardData).parameters) - DATA_OPTIONS
-    parser.add_class_arguments(ShardData, "data", skip=skip)
-    data_of_encoder(parser, sorted(skip))
+    add_data(parser, skip=skip)
+    data_of_encoder(parser, [*sorted(skip), "crop.per_image"])
     allow_bare_flags(parser)
     arguments = parser.parse_args(argv).as_dict()
     if not measures and not _reads_held_out(arguments):
         arguments["data"]["val"] = None  # a model may be on another machine than its shards
-    return arguments | {"data": ShardData(None, **arguments["data"])}
+    return arguments | {"data": shard_data({"train": None} | arguments["data"])}
 
 
 def _reads_held_out(arguments: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from maepretrain.apply.export_formats import FORMATS, Name
+from maepretrain.data.settings import translated
 from maepretrain.models.mae.model import MaskedAutoencoder
 from maepretrain.report.document import Text, markdown
 from maepretrain.report.evaluations import evaluations, last_values
@@ -14,7 +15,7 @@ from maepretrain.report.settings import applied, configuration, environment
 from maepretrain.runs.status import versions
 
 # Of the section `data`.
-SHOWN = ("train", "val", "image_size", "channels", "scale", "flip", "mean", "std")
+SHOWN = ("train", "val", "image_size", "channels", "crop", "mean", "std")
 
 
 def model_card(
@@ -67,6 +68,7 @@ def _sizes(model: MaskedAutoencoder) -> str:
 def _data(data: dict[str, Any]) -> str:
     if not data:
         return "## Data\n\nNot known: the weights came without the folder of their run."
+    data = translated(data)
     lines = [f"- {name}: `{json.dumps(data[name])}`" for name in SHOWN if name in data]
     pixels = "Pixels are divided by 255, then normalised by mean and std."
     return "\n".join([f"## Data\n\n{pixels}\n", *lines])

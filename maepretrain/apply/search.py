@@ -20,8 +20,9 @@ from maepretrain.apply.embeddings import Embeddings, read
 from maepretrain.apply.inputs import read_images
 from maepretrain.apply.reconstruct import check_picture
 from maepretrain.checkpoints.encoders import load_encoder
-from maepretrain.data.module import ShardData
+from maepretrain.data.module import ShardData, shard_data
 from maepretrain.data.samples import ShardIndex
+from maepretrain.data.settings import translated
 from maepretrain.data.shards.index import open_shards
 from maepretrain.evaluate.features import CHUNK
 from maepretrain.evaluate.neighbours import nearest
@@ -142,10 +143,10 @@ def read_index(path: Path) -> Embeddings:
 
 def data_of(bank: Embeddings) -> ShardData:
     """How images were shown to the encoder of an index."""
-    view = json.loads(bank.made)["data"]
+    view = translated(json.loads(bank.made)["data"])
     view["mean"] = tuple(view["mean"])
     view["std"] = tuple(view["std"])
-    return ShardData(None, **view)
+    return shard_data({"train": None} | view)
 
 
 def _check_encoder(encode: Encode, bank: Embeddings, data: ShardData, problem: str) -> None:

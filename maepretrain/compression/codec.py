@@ -28,7 +28,7 @@ from torch import Tensor
 from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.checkpoints.run_config import run_of
 from maepretrain.compression.autoencoder import table_bits
-from maepretrain.data.images import decode as decode_image
+from maepretrain.data.decode import decode as decode_image
 from maepretrain.data.normalise import Normalise
 from maepretrain.files import replacing
 from maepretrain.parsing.parser import make_parser, parse

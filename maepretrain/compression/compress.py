@@ -21,8 +21,8 @@ from maepretrain.checkpoints.weights import OWN_KEY, read_state
 from maepretrain.compression.pruning import Pruning
 from maepretrain.compression.retraining import Retraining, load_classifier, read_finetune_config
 from maepretrain.compression.sharing import share, unshare
-from maepretrain.data.augment import Augmentation
-from maepretrain.data.module import ShardData
+from maepretrain.data.finetune_augmentation import Augmentation
+from maepretrain.data.module import ShardData, add_data
 from maepretrain.evaluate.options import data_of_encoder
 from maepretrain.files import replacing
 from maepretrain.parsing.parser import make_parser, parse
@@ -215,10 +215,10 @@ def compress_command(argv: list[str]) -> int:
     quiet_lightning()
     parser = make_parser("compress")
     parser.add_function_arguments(compress, skip={"data", "optim", "augment"})
-    parser.add_class_arguments(ShardData, "data")
+    add_data(parser)
     parser.add_class_arguments(Optimization, "optim")
     parser.add_class_arguments(Augmentation, "augment")
-    parser.link_arguments("seed", "data.seed")
+    parser.link_arguments("seed", "data.order.seed")
     also = ("optim", "augment", "label_smoothing", "seed", "threads")
     compress(**parse(data_of_encoder(parser, also=also), argv))
     return 0

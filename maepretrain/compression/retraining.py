@@ -15,7 +15,7 @@ from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.checkpoints.official import load_official, official_weights
 from maepretrain.checkpoints.packing import Weights
 from maepretrain.checkpoints.weights import load_exactly, read_state
-from maepretrain.data.augment import Augmentation
+from maepretrain.data.finetune_augmentation import Augmentation
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate.classifier import Classifier
 from maepretrain.evaluate.classifier_head import ClassifierHead

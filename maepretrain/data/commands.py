@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Literal
 
-from maepretrain.data.check import Asked, check_shards, show
+from maepretrain.data.check import check_shards, show
+from maepretrain.data.check_shard import Criteria
 from maepretrain.data.errors import ErrorRow, ShardError, as_csv, printable
-from maepretrain.data.shards.index import expand, make_indexes, summary
-from maepretrain.data.shards.write import find_source, write_shards
+from maepretrain.data.settings import Crop, OrderSettings
+from maepretrain.data.shards.index import make_indexes, summary
+from maepretrain.data.shards.patterns import expand
+from maepretrain.data.shards.sources import find_source
+from maepretrain.data.shards.write import write_shards
 from maepretrain.data.stores.remote import is_remote
 from maepretrain.files import replacing
 
@@ -94,10 +98,10 @@ def order(
         world_size: processes.
         rank: one of them.
         seed: as the run's.
-        streams: as data.streams.
-        block: as data.block.
-        tail: as data.tail.
-        crops_per_image: as data.crops_per_image.
+        streams: as data.order.streams.
+        block: as data.order.block.
+        tail: as data.order.tail.
+        crops_per_image: as data.crop.per_image.
     """
     from maepretrain.data.module import ShardData
 
@@ -107,11 +111,8 @@ def order(
         global_batch=global_batch,
         mean=mean,
         std=mean,
-        seed=seed,
-        streams=streams,
-        block=block,
-        tail=tail,
-        crops_per_image=crops_per_image,
+        crop=Crop(per_image=crops_per_image),
+        order=OrderSettings(seed=seed, streams=streams, block=block, tail=tail),
     )
     steps = data.order.steps_per_epoch
     if not 0 <= rank < world_size:
@@ -158,8 +159,8 @@ def check(
         decode: decode every input; without, headers and checksums only.
         list: a CSV file that gets every error.
     """
-    asked = Asked(channels, classes, length, decode)
-    report = check_shards(patterns, asked, world_size, num_workers, global_batch, workers)
+    criteria = Criteria(channels, classes, length, decode)
+    report = check_shards(patterns, criteria, world_size, num_workers, global_batch, workers)
     if list is not None:
         with replacing(list) as file:
             file.write(as_csv([ErrorRow._fields, *report.errors]))

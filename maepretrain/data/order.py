@@ -34,8 +34,8 @@ from torch import Tensor
 from maepretrain.randomness import key, permutation
 
 
-def streams_of(global_batch: int, streams: int | None, block: int) -> int:
-    """How many streams an order has, which needs no shards to be known.
+def count_streams(global_batch: int, streams: int | None, block: int) -> int:
+    """The number of streams of an order, which needs no shards to be known.
 
     Raises:
         ValueError: streams that do not divide the batch, or a setting out of range.
@@ -75,7 +75,7 @@ class EpochOrder:
         block: int = 8192,
         tail: Literal["drop", "pad", "carry"] = "drop",
     ) -> None:
-        self.streams = streams_of(global_batch, streams, block)
+        self.streams = count_streams(global_batch, streams, block)
         if tail not in ("drop", "pad", "carry"):
             raise ValueError(f'tail "{tail}" must be "drop" or "pad"')
         self.counts, self.global_batch, self.seed, self.block = counts, global_batch, seed, block

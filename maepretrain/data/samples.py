@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from maepretrain.data.batch import Batch
+from maepretrain.data.decode import as_image, as_signal, decode, decode_array, decode_text
 from maepretrain.data.errors import (
     CORRUPT_INPUT,
     KINDS,
@@ -18,22 +19,12 @@ from maepretrain.data.errors import (
     ShardError,
     Unreadable,
 )
-from maepretrain.data.images import (
-    UNIFORMS,
-    Augment,
-    CentreCrop,
-    SignalCrop,
-    as_image,
-    as_signal,
-    decode,
-    decode_array,
-    decode_text,
-)
 from maepretrain.data.order import Order
 from maepretrain.data.shards.index import Shard
 from maepretrain.data.shards.reader import Store
 from maepretrain.data.shards.tar import INPUT_EXTENSIONS, NO_LABEL, WRONG_LABEL, Columns
 from maepretrain.data.stores.remote import shown
+from maepretrain.data.transforms import UNIFORMS, Augment, CentreCrop, SignalCrop
 from maepretrain.randomness import uniform
 
 # Of so many shards a reader keeps the columns: more than the streams of a batch touch at a time.
@@ -183,13 +174,13 @@ class Pixels:
         except ValueError as error:
             raise Unreadable(CORRUPT_INPUT, str(error)) from error
 
-    def cut_out(self, decoded: Tensor, u: Tensor, early: Augment | None = None) -> Tensor:
-        """The crop that the numbers of a position choose; with `early`, of its size."""
+    def cut_out(self, decoded: Tensor, u: Tensor, instead: Augment | None = None) -> Tensor:
+        """The crop that the numbers of a position choose; with `instead`, by that augmentation."""
         if isinstance(self.augment, CentreCrop):
             return self.augment(decoded)
         if isinstance(self.augment, SignalCrop):
             return self.augment(decoded, None if self.centred else u)
-        return (early or self.augment)(decoded, u)
+        return (instead or self.augment)(decoded, u)
 
 
 class Samples(Dataset[Batch]):
@@ -209,8 +200,8 @@ class Samples(Dataset[Batch]):
         exif: turn JPEG images as their orientation tag says.
         labelled: a sample with a wrong label counts as unreadable.
         store: reads the bytes.
-        early: the crop, of another size, of positions below `switch`.
-        switch: a position at which a batch begins.
+        low_resolution: the crop, of a smaller size, of positions below `low_until`.
+        low_until: a position at which a batch begins.
     """
 
     def __init__(
@@ -224,11 +215,15 @@ class Samples(Dataset[Batch]):
         exif: bool = False,
         labelled: bool = False,
         store: Store | None = None,
-        early: Augment | None = None,
-        switch: int = 0,
+        low_resolution: Augment | None = None,
+        low_until: int = 0,
     ) -> None:
-        self.index, self.order, self.crops, self.labelled = index, order, crops, labelled
-        self.early, self.switch = early, switch
+        self.index = index
+        self.order = order
+        self.crops = crops
+        self.labelled = labelled
+        self.low_resolution = low_resolution
+        self.low_until = low_until
         self.pixels = Pixels(channels, augment, exif, seed, centred=order is None)
         self.store = store or Store()
 
@@ -252,12 +247,13 @@ class Samples(Dataset[Batch]):
         inputs = []
         labels = []
         errors = []
-        early = self.early if positions and positions[0] < self.switch else None
+        is_low = bool(positions) and positions[0] < self.low_until
+        augment = self.low_resolution if is_low else None
         crops = zip(self._locate(position), self.pixels.numbers(position), strict=True)
         for (shard, sample), crops_of_image in groupby(crops, itemgetter(0)):
             decoded, label, error = self._read(shard, sample)
             for _, u in crops_of_image:
-                inputs.append(self.pixels.cut_out(decoded, u, early))
+                inputs.append(self.pixels.cut_out(decoded, u, augment))
                 labels.append(label)
                 errors.append(error)
         return {

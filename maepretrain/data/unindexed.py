@@ -22,7 +22,7 @@ from maepretrain.data.batch import Batch
 from maepretrain.data.errors import DAMAGED_SHARD, ErrorList, ErrorRow, ShardError, Unreadable
 from maepretrain.data.sampler import RunSampler
 from maepretrain.data.samples import Pixels
-from maepretrain.data.shards.index import expand
+from maepretrain.data.shards.patterns import expand
 from maepretrain.data.shards.tar import INPUT_EXTENSIONS, NO_LABEL, TAR_HEADER, label_of
 from maepretrain.data.stores.remote import shown
 from maepretrain.randomness import key, permutation
@@ -44,7 +44,9 @@ def unindexed_sources(patterns: str | list[str], allow_pipe: bool) -> list[str]:
         elif allow_pipe:
             urls += braceexpand(pattern)
         else:
-            raise ShardError(f"{pattern} runs a command in a shell: allow it by --data.allow_pipe")
+            raise ShardError(
+                f"{pattern} runs a command in a shell: allow it by --data.order.allow_pipe"
+            )
     return urls
 
 

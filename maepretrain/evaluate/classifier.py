@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maepretrain.data.augment import Augmentation
 from maepretrain.data.batch import Batch
+from maepretrain.data.finetune_augmentation import Augmentation
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate.classifier_head import ClassifierHead
 from maepretrain.evaluate.drop_path import set_drop_path

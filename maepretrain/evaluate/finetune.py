@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from maepretrain.checkpoints.encoders import fresh_encoder, load_encoder
-from maepretrain.data.augment import Augmentation
+from maepretrain.data.finetune_augmentation import Augmentation
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate.classifier import Classifier
 from maepretrain.evaluate.classifier_head import ClassifierHead, HeadKind, TokenPool

@@ -10,21 +10,21 @@ from typing import Any, cast
 from jsonargparse import ArgumentParser
 
 from maepretrain.checkpoints.run_config import locate, read_mapping, run_of
-from maepretrain.data.module import ShardData
+from maepretrain.data.module import add_data
+from maepretrain.data.settings import translated, without
 from maepretrain.parsing.configs import find_config
 from maepretrain.ranks import details_to
 
 # Keys of a run's data that only its training uses: an evaluation shows every image once.
 TRAINING_ONLY = (
-    "seed",
     "global_batch",
-    "streams",
-    "block",
-    "tail",
-    "crops_per_image",
     "max_errors",
-    "low_image_size",
-    "low_epochs",
+    "low_resolution",
+    "crop.per_image",
+    "order.seed",
+    "order.streams",
+    "order.block",
+    "order.tail",
 )
 
 
@@ -34,7 +34,7 @@ def evaluation_parser(
     """Options of an evaluation: those of `function`, which has an argument `encoder`, and the
     section `data`, whose values start from the encoder's run where there is one."""
     parser.add_function_arguments(function, skip={"data", "config", *skip})
-    parser.add_class_arguments(ShardData, "data")
+    add_data(parser)
     # An evaluation has no training batches, which could be larger than the set.
     parser.set_defaults({"data.global_batch": 1})
     return data_of_encoder(parser, TRAINING_ONLY)
@@ -53,7 +53,7 @@ def details(*, shown: bool) -> AbstractContextManager[None]:
 
 
 def data_of_encoder(
-    parser: ArgumentParser, skip: Sequence[str] = ("seed",), also: Sequence[str] = ()
+    parser: ArgumentParser, skip: Sequence[str] = ("order.seed",), also: Sequence[str] = ()
 ) -> ArgumentParser:
     """Let the section `data` start from the data that the run of `--encoder` was trained on.
 
@@ -84,8 +84,7 @@ def _options_of_run(argv: list[str], skip: Sequence[str], also: Sequence[str]) -
     if run is None:
         return []
     config = read_mapping(run / "config.yaml")
-    data = config.get("data") or {}
-    sections = {"data": {key: value for key, value in data.items() if key not in skip}}
+    sections: dict[str, Any] = {"data": without(translated(config.get("data") or {}), skip)}
     sections |= {name: config[name] for name in also if name in config}
     options = []
     for name, value in sections.items():

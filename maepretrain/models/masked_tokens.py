@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maepretrain.data.batch import Batch
-from maepretrain.data.images import PADDING
+from maepretrain.data.decode import PADDING
 from maepretrain.models.mae.positions import sincos_positions
 from maepretrain.randomness import uniform
 

@@ -16,8 +16,8 @@ MATTER = {
         "channels",
         "mean",
         "std",
-        "scale",
-        "flip",
+        "crop.scale",
+        "crop.flip",
         "num_workers",
     ),
     "model": (

@@ -104,7 +104,7 @@ MOVED_CONFIGS = {
     "mae/fashion_mnist_quick": "data/fashion_mnist+recipe/mae_small+overlay/quick",
     "mae/fast": "overlay/fast",
     "mae/lean_memory": "model.activation_checkpointing=true",
-    "mae/low_resolution": "data.low_image_size=128+data.low_epochs=600",
+    "mae/low_resolution": "data.low_resolution.image_size=128+data.low_resolution.epochs=600",
     "mae/mask_tokens_in_encoder": "model.mask_tokens_in_encoder=true",
     "mae/several_masks": "model.masks_per_image=2+optim.warmup_epochs=20+trainer.max_epochs=400",
     "mae/small_decoder": "overlay/small_decoder",

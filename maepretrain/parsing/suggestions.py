@@ -10,6 +10,8 @@ from maepretrain.parsing.options import options_of
 
 UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --([\w.-]+)", re.IGNORECASE)
 UNKNOWN_IN_GROUP = re.compile(r"Group '([\w.]+)' does not accept option '(\w+)'")
+# A single value where older versions had an option and this one has a section.
+NO_SECTION = re.compile(r'Parser key "([\w.]+)": Unable to load config')
 UNKNOWN_KEY = re.compile(r"Option '([\w.]+)' is not accepted")
 UNKNOWN_CLASS = re.compile(r'Parser key "([\w.]+)": Expected a dot import path string: (\S+)')
 
@@ -28,6 +30,9 @@ def explained(message: str, parser: Any, argv: list[str]) -> str:
         option, name = wrong_class.groups()
         return f"no {option} {name}{_nearest(name, list(parser.classes[option]))}"
     name, dashes = _unknown_name(message)
+    no_section = NO_SECTION.search(message)
+    if no_section and no_section[1] in parser.moved:
+        name = no_section[1]
     if not name:
         return re.sub(r"<class '([\w.]+)'>", r"\1", message)
     if name in parser.moved:

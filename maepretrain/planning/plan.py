@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from maepretrain.checkpoints.encoders import fresh_encoder
 from maepretrain.data.batch import Batch
-from maepretrain.data.module import ShardData
+from maepretrain.data.module import shard_data
 from maepretrain.data.normalise import Normalise
 from maepretrain.data.order import EpochOrder
 from maepretrain.data.sampler import RunSampler
@@ -148,9 +148,9 @@ def plan(
     accumulation = config.trainer.accumulate_grad_batches or 1
     sampler = RunSampler(data.global_batch, steps, devices * nodes, 0, accumulation)
     n = sampler.micro_batch
-    if n % data.crops_per_image:
+    if n % data.crop.per_image:
         raise ValueError(
-            f"a micro-batch of {n} is no multiple of {data.crops_per_image} crops_per_image"
+            f"a micro-batch of {n} is no multiple of {data.crop.per_image} crop.per_image"
         )
     model, batch, activations, recomputed = measured(build, data, n, dtype)
     # As large as a micro-batch, without its memory.
@@ -170,13 +170,13 @@ def plan(
     }
     if peak is not None:
         rate = sampler.world_size * peak * 1e12 * mfu / (cost.training + cost.recomputed)
-        core = decode_img_per_s or 1 / (DECODE_SECONDS / data.crops_per_image + CROP_SECONDS)
+        core = decode_img_per_s or 1 / (DECODE_SECONDS / data.crop.per_image + CROP_SECONDS)
         figures |= {
             "img_per_s": rate,
             "hours": steps * data.global_batch / rate / 3600,
             "per_core": core,
             "cores": rate / core,
-            "megabytes_per_s": size and rate / data.crops_per_image * size / 1e6,
+            "megabytes_per_s": size and rate / data.crop.per_image * size / 1e6,
         }
     # As engines/sharded.py has it: other models would be refused.
     divisible = declared(model, "shardable")
@@ -234,23 +234,23 @@ def epoch(data: Any, images: int | None) -> tuple[int, int, float | None]:
         ValueError: neither is given; shards that cannot be read; fewer samples than a batch.
     """
     if images is not None:
-        if data.global_batch % data.crops_per_image:
+        if data.global_batch % data.crop.per_image:
             raise ValueError(
-                f"global batch {data.global_batch} is no multiple of {data.crops_per_image} "
-                "crops_per_image"
+                f"global batch {data.global_batch} is no multiple of {data.crop.per_image} "
+                "crop.per_image"
             )
         order = EpochOrder(
             torch.tensor([images]),
-            data.global_batch // data.crops_per_image,
-            data.seed,
-            data.streams,
-            data.block,
-            data.tail,
+            data.global_batch // data.crop.per_image,
+            seed=data.order.seed,
+            streams=data.order.streams,
+            block=data.order.block,
+            tail=data.order.tail,
         )
         return order.steps_per_epoch, images, None
     if not data.train:
         raise ValueError("how many images are there? --images N, or their shards as --data.train")
-    opened = ShardData(**data.as_dict() | {"val": None})
+    opened = shard_data(data.as_dict() | {"val": None})
     shards, draws = opened.index.shards, opened.order.steps_per_epoch * opened.global_batch
     if opened.unindexed is not None:
         return opened.order.steps_per_epoch, draws, None
@@ -474,9 +474,11 @@ def _finetuned(config: Any) -> Callable[[], nn.Module]:
             "with --images how many are trained on"
         )
     # Sizes are asked of the data; without an index no shard is opened before it is read.
-    unread = {"train": "https://unread/a.tar", "val": None, "exact": False, "samples_per_epoch": 1}
-    unread |= {"global_batch": 1, "crops_per_image": 1}
-    data = ShardData(**config.data.as_dict() | unread)
+    options = config.data.as_dict()
+    options |= {"train": "https://unread/a.tar", "val": None, "global_batch": 1}
+    options["order"] |= {"exact": False, "samples_per_epoch": 1}
+    options["crop"]["per_image"] = 1
+    data = shard_data(options)
 
     def build() -> nn.Module:
         model = fresh_encoder(config.encoder, data, config.seed)

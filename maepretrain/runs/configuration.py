@@ -4,6 +4,8 @@ from typing import Any
 
 import yaml
 
+from maepretrain.data.settings import translated
+
 # Options of a resume itself.
 RESUME_OPTIONS = frozenset({"resume", "overwrite", "ckpt_path", "same_config"})
 # Beginnings of the lines of `changes` that leave a run the same experiment: how long it is, where
@@ -32,8 +34,8 @@ SAME_EXPERIMENT = (
 
 def changes(before: str, now: str) -> list[str]:
     """`key: old -> new` for every value that differs between two YAML configurations."""
-    old = flat(yaml.safe_load(before) or {})
-    new = flat(yaml.safe_load(now) or {})
+    old = _leaves(before)
+    new = _leaves(now)
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}" for key in differing if key not in RESUME_OPTIONS
@@ -43,6 +45,14 @@ def changes(before: str, now: str) -> list[str]:
 def changes_of_experiment(before: str, now: str) -> list[str]:
     """The changes that make a run another experiment."""
     return [line for line in changes(before, now) if not line.startswith(SAME_EXPERIMENT)]
+
+
+def _leaves(text: str) -> dict[str, Any]:
+    """All values of a configuration by path, under the names that this version has."""
+    config = yaml.safe_load(text) or {}
+    if config.get("data"):
+        config["data"] = translated(config["data"])
+    return flat(config)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from jsonargparse import ArgumentParser
 
-from maepretrain.data.module import ShardData
+from maepretrain.data.module import add_data
 from maepretrain.parsing.parser import allow_bare_flags
 from maepretrain.ranks import is_rank_zero, quiet_lightning
 from maepretrain.training.optimizer import Optimization
@@ -39,10 +39,10 @@ OURS: set[str | int] = {
 
 def add_experiment(parser: ArgumentParser) -> None:
     """The sections that every training shares: data, optim, trainer."""
-    parser.add_class_arguments(ShardData, "data")
+    add_data(parser)
     parser.add_class_arguments(Optimization, "optim")
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip=OURS)
-    parser.link_arguments("seed", "data.seed")
+    parser.link_arguments("seed", "data.order.seed")
 
 
 def of_rank(code: int) -> int:

@@ -18,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from maepretrain.checkpoints.encoders import load_encoder
-from maepretrain.data.module import ShardData
+from maepretrain.data.module import ShardData, shard_data
 from maepretrain.data.normalise import Normalise
+from maepretrain.data.settings import without
 from maepretrain.evaluate.features import embed
 from maepretrain.evaluate.finetune import finetune, finetune_parser
 from maepretrain.evaluate.frozen_features import PRETRAINED
@@ -228,7 +229,7 @@ def _parsed(options: list[str], run: Path) -> tuple[ShardData, float]:
     parser = pretrain_parser(make_parser("compare"))
     allow_bare_flags(parser)
     config = parser.parse_args([*options, "--run", str(run)])
-    return ShardData(**config.data.as_dict()), config.optim.warmup_epochs
+    return shard_data(config.data.as_dict()), config.optim.warmup_epochs
 
 
 def _pretrain(options: list[str]) -> None:
@@ -268,8 +269,8 @@ def _evaluation_data(run: Path) -> ShardData:
     """The run's data as an evaluation reads them: every sample once."""
     parser = pretrain_parser(make_parser("compare"))
     config = parser.parse_path(str(run / "config.yaml"))
-    known = {k: v for k, v in config.data.as_dict().items() if k not in TRAINING_ONLY}
-    return ShardData(**known, global_batch=1)
+    known = without(config.data.as_dict(), TRAINING_ONLY)
+    return shard_data(known | {"global_batch": 1})
 
 
 @torch.no_grad()

@@ -125,10 +125,11 @@ def pretrain(
 
 def _check_low_resolution(model: nn.Module, data: ShardData) -> None:
     """Refuse small images at first where the model cannot take them."""
-    if data.early is None:
+    small = data.low_resolution
+    if small is None:
         return
-    refusal = "takes no smaller images: no low_image_size"
-    require(model, TakesSmaller, refusal).check_smaller(data.early.height, data.early.width)
+    refusal = "takes no smaller images: leave out data.low_resolution"
+    require(model, TakesSmaller, refusal).check_smaller(small.height, small.width)
 
 
 def _require_labels(data: ShardData, purpose: str) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from maepretrain.data.shards.write import Arrays, write_shards
+from maepretrain.data.shards.sources import Arrays
+from maepretrain.data.shards.write import write_shards
 from maepretrain.evaluate.frozen_features import PRETRAINED, ResultTable
 from maepretrain.evaluate.probe import probe, probe_parser
 from maepretrain.parsing.parser import make_parser, parse

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from maepretrain.checkpoints.encoders import load_encoder
-from maepretrain.data.images import resize
+from maepretrain.data.transforms import resize
 from maepretrain.plots.maps import embedding_map
 from maepretrain.workflows.quickstart import digits
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from maepretrain.apply.inputs import read_images
 from maepretrain.data.module import ShardData
+from maepretrain.data.settings import Crop
 from maepretrain.workflows.quickstart import digits
 
 Run = Callable[..., int]
@@ -19,7 +20,7 @@ Run = Callable[..., int]
 
 def shown(channels: int = 1, size: int | list[int] = 8, val: str | None = None) -> ShardData:
     flat = ((0.0,) * channels, (1.0,) * channels)
-    return ShardData(None, val, 1, size, channels, scale=None, mean=flat[0], std=flat[1])
+    return ShardData(None, val, 1, size, channels, mean=flat[0], std=flat[1], crop=Crop(scale=None))
 
 
 def test_a_file_is_decoded_cropped_and_resized_and_that_is_said(

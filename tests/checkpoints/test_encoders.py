@@ -21,6 +21,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 from maepretrain.checkpoints.encoders import fresh_encoder, load_encoder, require_blocks
 from maepretrain.checkpoints.official import official_weights
 from maepretrain.data.module import ShardData
+from maepretrain.data.settings import Crop
 from maepretrain.evaluate.options import data_of_encoder, evaluation_parser
 from maepretrain.models.mae.positions import sincos_positions
 from maepretrain.models.timm_encoder import TimmViT
@@ -41,9 +42,9 @@ def data(shards: Path) -> Callable[..., ShardData]:
             global_batch=10,
             image_size=size,
             channels=channels,
-            scale=None,
             mean=values,
             std=values,
+            crop=Crop(scale=None),
         )
 
     return make

@@ -195,7 +195,7 @@ def test_print_config_is_yaml_that_resolves(
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["optim"]["base_lr"] == 0.5
     assert config["model"]["init_args"]["mask_ratio"] == 0.6
-    assert config["data"]["scale"] is None
+    assert config["data"]["crop"]["scale"] is None
 
 
 @pytest.mark.parametrize(

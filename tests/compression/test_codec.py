@@ -15,7 +15,8 @@ from skimage.data import astronaut
 from skimage.metrics import peak_signal_noise_ratio
 
 from maepretrain.compression.codec import HEADER, Codec, psnr, read_symbols, write_symbols
-from maepretrain.data.shards.write import Arrays, write_shards
+from maepretrain.data.shards.sources import Arrays
+from maepretrain.data.shards.write import write_shards
 from maepretrain.parsing.configs import config_words
 
 Run = Callable[..., int]

@@ -290,8 +290,16 @@ def tuned(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--encoder",
             str(folder / "run"),
         ),
-        *(*data, "--run", str(folder / "tuned"), "--data.image_size", "16", "--data.scale", "null"),
-        *("--data.flip", "0", "--data.num_workers", "0", "--data.global_batch", "24"),
+        *(
+            *data,
+            "--run",
+            str(folder / "tuned"),
+            "--data.image_size",
+            "16",
+            "--data.crop.scale",
+            "null",
+        ),
+        *("--data.crop.flip", "0", "--data.num_workers", "0", "--data.global_batch", "24"),
         *("--optim.base_lr", "0.1", "--trainer.max_epochs", "8"),
     ]
     with pytest.MonkeyPatch.context() as patch:
@@ -340,9 +348,9 @@ def test_the_file_is_small_sparse_and_what_was_scored(
     assert stages["float32"]["top1"] == before["top1"]
 
     # Encoder and head out of the file score what the table says, through other code.
-    from maepretrain.data.images import CentreCrop
     from maepretrain.data.samples import Samples, ShardIndex
     from maepretrain.data.shards.index import open_shards
+    from maepretrain.data.transforms import CentreCrop
 
     index = ShardIndex(open_shards(f"{shards}/test-*.tar"))
     read = Samples(index, 1, CentreCrop(16, 16, 1.0)).__getitems__([*range(50)])

@@ -27,8 +27,9 @@ from support.servers import NGINX, NO_NGINX, FaultServer, nginx
 
 from maepretrain.data.errors import ShardError
 from maepretrain.data.stores import cache as module
-from maepretrain.data.stores import remote
-from maepretrain.data.stores.cache import ReadAhead, ShardCache
+from maepretrain.data.stores import locks, remote
+from maepretrain.data.stores.cache import ShardCache
+from maepretrain.data.stores.read_ahead import ReadAhead
 from maepretrain.data.stores.remote import basename
 
 BYTES = 300_000
@@ -110,8 +111,9 @@ def wait_for_part(cache: ShardCache, size: int) -> None:
 SETUP = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's background job
-from maepretrain.data.stores import remote
-from maepretrain.data.stores.cache import ReadAhead, ShardCache
+from maepretrain.data.stores import locks, remote
+from maepretrain.data.stores.read_ahead import ReadAhead
+from maepretrain.data.stores.cache import ShardCache
 from maepretrain.data.errors import ShardError
 from pathlib import Path
 remote.BLOCK, remote.BACKOFF = 1 << 16, 0.01
@@ -513,7 +515,7 @@ def test_all_is_in_use(server: FaultServer, tmp_path: Path) -> None:
     files = [cache.open(server.url(f"/{name}.tar"), BYTES) for name in "ab"]
     with pytest.raises(ShardError) as error:
         cache.fetch(server.url("/c.tar"), BYTES)
-    for part in ("c.tar", "300,000", "600,000", "--data.cache_gb", str(cache.folder)):
+    for part in ("c.tar", "300,000", "600,000", "--data.cache.gigabytes", str(cache.folder)):
         assert part in str(error.value)
     assert present(cache, server) == "ab"
     assert len(names(cache)) == 2
@@ -543,7 +545,9 @@ def test_room_is_waited_for(
 def test_a_shard_larger_than_the_cache(server: FaultServer, tmp_path: Path, fault: str) -> None:
     cache = ShardCache(tmp_path / "cache", limit=BYTES - 1)
     server.fault("/a.tar", fault)
-    with pytest.raises(ShardError, match=r"a\.tar .* larger than .*299,999.*--data\.cache_gb"):
+    with pytest.raises(
+        ShardError, match=r"a\.tar .* larger than .*299,999.*--data\.cache\.gigabytes"
+    ):
         cache.fetch(server.url("/a.tar"))
     assert names(cache) == []
 
@@ -818,11 +822,11 @@ def test_a_lock_that_was_deleted_is_no_lock(cache: ShardCache) -> None:
     links: list[int] = []
 
     def wait() -> None:
-        with module._alone(path) as lock:
+        with locks.exclusive(path) as lock:
             links.append(os.fstat(lock).st_nlink)
 
     thread = threading.Thread(target=wait)
-    with module._alone(path):
+    with locks.exclusive(path):
         thread.start()
         wait_until(lambda: waiting(cache))
         path.unlink()
@@ -899,14 +903,14 @@ def test_evicted_while_it_is_opened(
 ) -> None:
     """Between opening the file and locking it, another process deletes it: it is fetched again."""
     path = cache.fetch(server.url("/a.tar"))
-    honest = module.flock
+    honest = locks.flock
 
     def late(file: int, how: int) -> None:
-        if how == module.LOCK_SH and len(server.log) == 1:
+        if how == locks.LOCK_SH and len(server.log) == 1:
             path.unlink(missing_ok=True)
         honest(file, how)
 
-    monkeypatch.setattr(module, "flock", late)
+    monkeypatch.setattr(locks, "flock", late)
     file = cache.open(server.url("/a.tar"))
     assert os.fstat(file).st_nlink == 1
     assert os.pread(file, BYTES + 1, 0) == content("a")

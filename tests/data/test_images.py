@@ -21,17 +21,8 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from maepretrain.data.images import (
-    UNIFORMS,
-    Augment,
-    CentreCrop,
-    SignalCrop,
-    as_image,
-    as_signal,
-    decode,
-    decode_array,
-    resize,
-)
+from maepretrain.data.decode import as_image, as_signal, decode, decode_array
+from maepretrain.data.transforms import UNIFORMS, Augment, CentreCrop, SignalCrop, resize
 from maepretrain.randomness import uniform
 
 PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]

@@ -37,8 +37,6 @@ from maepretrain.data.errors import (
 from maepretrain.data.shards import index as shards_module
 from maepretrain.data.shards.index import (
     Shard,
-    expand,
-    in_processes,
     index_path,
     make_indexes,
     open_shards,
@@ -46,6 +44,8 @@ from maepretrain.data.shards.index import (
     summary,
     write_index,
 )
+from maepretrain.data.shards.parallel import in_processes
+from maepretrain.data.shards.patterns import expand
 from maepretrain.data.shards.reader import Store
 from maepretrain.data.shards.tar import INPUT_EXTENSIONS, WRONG_LABEL, Columns, scan
 from maepretrain.data.stores.cache import ShardCache

@@ -11,14 +11,15 @@ import torch
 from support.servers import FaultServer
 
 from maepretrain.data.errors import ShardError
-from maepretrain.data.images import Augment
 from maepretrain.data.module import ShardData
 from maepretrain.data.order import EpochOrder
 from maepretrain.data.samples import Samples, ShardIndex
+from maepretrain.data.settings import CacheSettings, Crop
 from maepretrain.data.shards.index import index_path, open_shards
 from maepretrain.data.shards.reader import Store
 from maepretrain.data.stores.cache import ShardCache
 from maepretrain.data.stores.remote import shown
+from maepretrain.data.transforms import Augment
 
 NAMES = [f"train-{i:06d}.tar" for i in range(4)]
 
@@ -95,7 +96,12 @@ def test_a_shard_that_is_refused_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
     server.fault(f"/{NAMES[2]}", fault)
-    where = ["--data.train", server.url("/train-{000000..000003}.tar"), "--data.cache", tmp_path]
+    where = [
+        "--data.train",
+        server.url("/train-{000000..000003}.tar"),
+        "--data.cache.folder",
+        tmp_path,
+    ]
     assert pretrain_tiny(tmp_path / "run", *where) == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error and NAMES[2] in error and fault in error
@@ -114,7 +120,14 @@ def test_pretraining_from_a_server_is_bit_equal_with_a_cache_smaller_than_an_epo
     cache = tmp_path / "cache"
     room = 2.5 * max((shards / name).stat().st_size for name in NAMES) / 1e9
     pattern = server.url("/train-{000000..000003}.tar")
-    remote = ["--data.train", pattern, "--data.cache", cache, "--data.cache_gb", f"{room:.9f}"]
+    remote = [
+        "--data.train",
+        pattern,
+        "--data.cache.folder",
+        cache,
+        "--data.cache.gigabytes",
+        f"{room:.9f}",
+    ]
     epochs = ["--trainer.max_epochs", "2", "--data.num_workers", "2"]
     assert pretrain_tiny(tmp_path / "remote", *remote, *epochs) == 0
     assert pretrain_tiny(tmp_path / "local", *epochs) == 0
@@ -128,7 +141,8 @@ def test_shards_that_come_next_are_fetched_ahead(server: FaultServer, shards: Pa
     add_indexes(server, shards)
     data = ShardData(
         server.url("/train-{000000..000003}.tar"), global_batch=24, image_size=8, channels=1,
-        scale=None, mean=(0.0,), std=(1.0,), num_workers=0, cache=tmp_path / "cache",
+        mean=(0.0,), std=(1.0,), num_workers=0, crop=Crop(scale=None),
+        cache=CacheSettings(tmp_path / "cache"),
     )  # fmt: skip
     data.plan(12, 1, 1)
     sampler = data.train_dataloader().batch_sampler

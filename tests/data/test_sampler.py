@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from maepretrain.data.images import Augment
 from maepretrain.data.order import EpochOrder
 from maepretrain.data.sampler import EvaluationSampler, RunSampler
 from maepretrain.data.samples import Samples, ShardIndex
 from maepretrain.data.shards.index import open_shards
-from maepretrain.data.shards.write import Arrays, write_shards
+from maepretrain.data.shards.sources import Arrays
+from maepretrain.data.shards.write import write_shards
+from maepretrain.data.transforms import Augment
 
 N = 53
 BATCH = 24

@@ -23,13 +23,14 @@ from maepretrain.data.errors import (
     ShardError,
     Unreadable,
 )
-from maepretrain.data.images import UNIFORMS, Augment, CentreCrop, SignalCrop
 from maepretrain.data.order import EpochOrder, Mixture
 from maepretrain.data.samples import Samples, ShardIndex
 from maepretrain.data.shards.index import Shard, open_shards
 from maepretrain.data.shards.reader import Store
+from maepretrain.data.shards.sources import Arrays
 from maepretrain.data.shards.tar import Columns
-from maepretrain.data.shards.write import Arrays, write_shards
+from maepretrain.data.shards.write import write_shards
+from maepretrain.data.transforms import UNIFORMS, Augment, CentreCrop, SignalCrop
 from maepretrain.randomness import uniform
 
 N = 53
@@ -162,7 +163,9 @@ def test_a_sample_is_its_image_cropped_by_its_position(index: ShardIndex, number
 def test_early_positions_have_a_size_of_their_own(index: ShardIndex):
     """The same images, crops and flips, resized to less."""
     large, small = samples_of(index), Augment(4, 3)
-    late = Samples(index, 3, large.pixels.augment, large.order, 3, early=small, switch=48)
+    late = Samples(
+        index, 3, large.pixels.augment, large.order, 3, low_resolution=small, low_until=48
+    )
     early = Samples(index, 3, small, large.order, 3)
     for positions, truth in (([0, 46, 47], early), ([48, 49, 1000], large)):
         batch, expected = late.__getitems__(positions), truth.__getitems__(positions)

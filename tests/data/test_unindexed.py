@@ -10,10 +10,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from maepretrain.data.errors import ErrorList, ShardError
-from maepretrain.data.images import Augment
 from maepretrain.data.sampler import RunSampler
 from maepretrain.data.samples import Pixels
-from maepretrain.data.shards.write import Arrays, write_shards
+from maepretrain.data.shards.sources import Arrays
+from maepretrain.data.shards.write import write_shards
+from maepretrain.data.transforms import Augment
 from maepretrain.data.unindexed import UnindexedBatches, UnindexedOrder, unindexed_sources
 
 N, SIDE = 40, 8
@@ -96,7 +97,9 @@ def test_several_crops_come_from_one_image(folder: Path, tmp_path: Path):
 
 def test_a_command_needs_a_switch_and_then_runs(folder: Path, tmp_path: Path):
     pattern = f"pipe:cat {folder}/train-00000{{0..3}}.tar"
-    with pytest.raises(ShardError, match=r"runs a command in a shell: allow it by --data.allow_p"):
+    with pytest.raises(
+        ShardError, match=r"runs a command in a shell: allow it by --data.order.allow_p"
+    ):
         unindexed_sources(pattern, allow_pipe=False)
     sampler = RunSampler(40, 1, world_size=1, rank=0, accumulation=1)
     read = numbers(reading(pattern, tmp_path, sampler, pipe=True))
@@ -175,11 +178,18 @@ def test_pretraining_says_that_exact_resume_is_off(
     capsys: pytest.CaptureFixture[str],
 ):
     pattern = f"pipe:cat {shards}/train-00000{{0..3}}.tar"
-    plain = ["--data.train", pattern, "--data.exact", "false", "--data.samples_per_epoch", "72"]
+    plain = [
+        "--data.train",
+        pattern,
+        "--data.order.exact",
+        "false",
+        "--data.order.samples_per_epoch",
+        "72",
+    ]
     run = tmp_path / "run"
     assert pretrain_tiny(run, *plain) == 2
-    assert "--data.allow_pipe" in capsys.readouterr().err
-    plain += ["--data.allow_pipe", "true"]
+    assert "--data.order.allow_pipe" in capsys.readouterr().err
+    plain += ["--data.order.allow_pipe", "true"]
     assert pretrain_tiny(run, *plain, "--trainer.max_epochs", "2") == 0
     out = capsys.readouterr().out
     assert "72 draws by webdataset's pipeline; exact resume is off" in out

@@ -25,15 +25,8 @@ from PIL import ExifTags, Image
 
 from maepretrain.data.errors import ShardError
 from maepretrain.data.shards.index import index_path, open_shards
-from maepretrain.data.shards.write import (
-    Arrays,
-    Entry,
-    Idx,
-    ImageFolder,
-    Source,
-    find_source,
-    write_shards,
-)
+from maepretrain.data.shards.sources import Arrays, Entry, Idx, ImageFolder, Source, find_source
+from maepretrain.data.shards.write import write_shards
 
 
 def pixels(seed: int, size: tuple[int, int] = (12, 10), mode: str = "RGB") -> Image.Image:

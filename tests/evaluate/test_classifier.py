@@ -31,7 +31,7 @@ def data(shards: Path) -> ShardData:
     return ShardData(
         f"{shards}/train-*.tar",
         f"{shards}/test-*.tar",
-        *(24, 16, 1, None),
+        *(24, 16, 1),
         mean=(0.3,),
         std=(0.4,),
         num_workers=0,

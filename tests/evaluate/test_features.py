@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from maepretrain.data.module import ShardData
+from maepretrain.data.settings import Crop
 from maepretrain.evaluate.feature_files import feature_folder, write_features
 from maepretrain.evaluate.feature_sets import pixels
 from maepretrain.evaluate.features import embed
@@ -16,8 +17,8 @@ from maepretrain.workflows.quickstart import digits
 
 @pytest.fixture
 def data(shards: Path) -> ShardData:
-    return ShardData(f"{shards}/train-*.tar", global_batch=24, image_size=8, channels=1, scale=None,
-                     val_share=1.0, mean=(0.0,), std=(1.0,))  # fmt: skip
+    return ShardData(f"{shards}/train-*.tar", global_batch=24, image_size=8, channels=1,
+                     mean=(0.0,), std=(1.0,), crop=Crop(scale=None, val_share=1.0))  # fmt: skip
 
 
 def expected(data: ShardData) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,7 +36,7 @@ def options(shards: Path, encoder: Path | str) -> list[object]:
     return [
         *("-c", "data/fashion_mnist", "-c", "eval/finetune_small", "--encoder", encoder),
         *("--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"),
-        *("--data.image_size", 16, "--data.scale", "null", "--data.flip", 0),
+        *("--data.image_size", 16, "--data.crop.scale", "null", "--data.crop.flip", 0),
         *("--data.num_workers", 0, "--data.global_batch", 24, "--trainer.log_every_n_steps", 1),
     ]
 

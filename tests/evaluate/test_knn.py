@@ -101,6 +101,7 @@ def test_the_verb_equals_brute_force_on_the_same_features(
 ) -> None:
     """Raw pixels, in the order of the shards: everything that the verb does, by scikit-learn."""
     from maepretrain.data.module import ShardData
+    from maepretrain.data.settings import Crop
     from maepretrain.evaluate.feature_sets import pixels
     from maepretrain.evaluate.features import embed
 
@@ -113,7 +114,8 @@ def test_the_verb_equals_brute_force_on_the_same_features(
     )
     found = json.loads((tmp_path / "results.json").read_text())["knn"]["rows"]
     data = ShardData(f"{shards}/train-*.tar", f"{shards}/test-*.tar", global_batch=24,
-                     image_size=16, channels=1, scale=None, mean=(0.0,), std=(1.0,))  # fmt: skip
+                     image_size=16, channels=1, mean=(0.0,), std=(1.0,),
+                     crop=Crop(scale=None))  # fmt: skip
     assert data.val_index is not None
     bank, labels = embed(pixels, data.evaluation(data.index, labelled=True))
     query, truth = embed(pixels, data.evaluation(data.val_index, labelled=True))

@@ -17,7 +17,7 @@ Run = Callable[..., int]
 @pytest.fixture
 def data(shards: Path) -> ShardData:
     return ShardData(
-        f"{shards}/train-*.tar", f"{shards}/test-*.tar", *(24, 16, 1, None), mean=(0.3,), std=(0.4,)
+        f"{shards}/train-*.tar", f"{shards}/test-*.tar", *(24, 16, 1), mean=(0.3,), std=(0.4,)
     )
 
 
@@ -146,9 +146,16 @@ def test_through_the_command_line(
         "--optim.layer_decay",
         "1.0",
     ]
-    argv += ["--encoder", "timm:test_vit", "--run", str(tmp_path / "run"), "--data.scale", "null"]
+    argv += [
+        "--encoder",
+        "timm:test_vit",
+        "--run",
+        str(tmp_path / "run"),
+        "--data.crop.scale",
+        "null",
+    ]
     argv += ["--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/test-*.tar"]
-    argv += ["--data.image_size", "32", "--data.flip", "0", "--data.num_workers", "0"]
+    argv += ["--data.image_size", "32", "--data.crop.flip", "0", "--data.num_workers", "0"]
     argv += ["--task", task, "--targets", str(path), "--data.global_batch", "25"]
     assert run_cli(*argv, "--label_smoothing", 0.1) == 2
     assert f"{task} takes no label_smoothing" in capsys.readouterr().err

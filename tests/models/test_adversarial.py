@@ -12,7 +12,8 @@ from support.halves import assert_halves_average_to_the_whole
 from torch import Tensor
 from torch.nn import functional as F
 
-from maepretrain.data.shards.write import Arrays, write_shards
+from maepretrain.data.shards.sources import Arrays
+from maepretrain.data.shards.write import write_shards
 from maepretrain.evaluate.neighbours import knn_accuracy
 from maepretrain.models.autoencoders.adversarial import Adversarial
 from maepretrain.models.autoencoders.coders import Coder, Dense

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maepretrain.checkpoints.encoders import load_encoder
-from maepretrain.data.images import PADDING
-from maepretrain.data.shards.write import ImageFolder, write_shards
+from maepretrain.data.decode import PADDING
+from maepretrain.data.shards.sources import ImageFolder
+from maepretrain.data.shards.write import write_shards
 from maepretrain.models.masked_tokens import MaskedTokens
 from maepretrain.parsing.configs import config_words
 

@@ -395,7 +395,7 @@ def test_speed_follows_what_is_asked() -> None:
     again = planned([*asked, "--tflops", "100", "--model.init_args.activation_checkpointing=true"])
     done = (base["flops"].training + again["flops"].recomputed) / base["flops"].training
     assert again["img_per_s"] == pytest.approx(base["img_per_s"] / done)
-    crops = planned([*asked, "--tflops", "100", "--data.crops_per_image", "2"])
+    crops = planned([*asked, "--tflops", "100", "--data.crop.per_image", "2"])
     # 1,169 crops a second and core with two crops of an image, in benchmarks/RESULTS.md.
     assert crops["cores"] == pytest.approx(base["img_per_s"] / 1169, rel=0.01)
     assert crops["steps"] == 3 * (9000 // 2048)
@@ -432,7 +432,9 @@ def test_images_are_counted_by_the_index(shards: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_model_has_a_plan(name: str) -> None:
-    plan = planned([*config_words(name), *ONE, "--data.global_batch", "8", "--data.streams", "1"])
+    plan = planned(
+        [*config_words(name), *ONE, "--data.global_batch", "8", "--data.order.streams", "1"]
+    )
     ddp = plan["rows"]["ddp"]
     assert min(ddp[column] for column in ("parameters", "gradients", "activations")) > 0
     assert plan["flops"].training > plan["flops"].forward > 0
@@ -460,8 +462,8 @@ def test_memory_is_read(text: str, size: float) -> None:
         ({"images": "1000"}, "global batch 4096 is larger than the 1000 samples"),
         ({"trainer.max_epochs": "null"}, "length of the run is missing: set trainer.max_epochs"),
         ({"trainer.precision": "64-true"}, "precision 64-true: plan knows"),
-        ({"data.crops_per_image": "3"}, "no multiple of 3 crops_per_image"),
-        ({"devices": "4096", "data.crops_per_image": "2"}, "micro-batch of 1 is no multiple of 2"),
+        ({"data.crop.per_image": "3"}, "no multiple of 3 crop.per_image"),
+        ({"devices": "4096", "data.crop.per_image": "2"}, "micro-batch of 1 is no multiple of 2"),
         ({"verb": "probe"}, "plan is for the verbs pretrain and finetune, not probe"),
         ({"verb": "finetune"}, "among the options of finetune"),
         ({"data.train": "nowhere.tar", "images": None}, "no shard matches nowhere.tar"),

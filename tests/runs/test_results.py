@@ -17,7 +17,8 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from sklearn.metrics import confusion_matrix as counts_of
 
 from maepretrain.data.shards.index import class_names, open_shards
-from maepretrain.data.shards.write import find_source, write_shards
+from maepretrain.data.shards.sources import find_source
+from maepretrain.data.shards.write import write_shards
 from maepretrain.plots.confusion import confusion_matrix, most_confused
 from maepretrain.plots.maps import embedding_map
 from maepretrain.runs.results import print_table, scores, spread, write_results

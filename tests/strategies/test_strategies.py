@@ -369,7 +369,16 @@ FINETUNE = [
         "--data.image_size",
         "16",
     ),
-    *("--data.global_batch", "24", "--data.scale", "null", "--data.flip", "0", *RECIPE, *CLIP),
+    *(
+        "--data.global_batch",
+        "24",
+        "--data.crop.scale",
+        "null",
+        "--data.crop.flip",
+        "0",
+        *RECIPE,
+        *CLIP,
+    ),
     *("--trainer.max_steps", "18", "--trainer.check_val_every_n_epoch", "3"),
     *("--optim.layer_decay", "0.5", "--ema", "0.9", "--head", "fc_norm"),
 ]

@@ -5,13 +5,23 @@ from pathlib import Path
 
 import numpy as np
 
-from maepretrain.data.shards.write import Arrays, write_shards
+from maepretrain.data.shards.sources import Arrays
+from maepretrain.data.shards.write import write_shards
 from support.recorder import picture
 
 SAMPLES, BATCH, STEPS_PER_EPOCH, LEFT_OUT = 150, 24, 6, 6
 # SGD: Adam turns a gradient that is zero but for rounding into a full step.
 OPTIONS = [
-    *("--model", "support.recorder.Recorder", "--seed", "3", "--threads", "1", "--data.block", "7"),
+    *(
+        "--model",
+        "support.recorder.Recorder",
+        "--seed",
+        "3",
+        "--threads",
+        "1",
+        "--data.order.block",
+        "7",
+    ),
     *("--data.global_batch", str(BATCH), "--data.image_size", "8"),
     *("--data.mean", "[0,0,0]", "--data.std", "[1,1,1]"),
     *("--optim.optimizer", "sgd", "--optim.base_lr", "1", "--optim.warmup_epochs", "1"),

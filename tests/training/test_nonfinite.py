@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.checkpoints.saved import Saved
 from maepretrain.data.module import ShardData
+from maepretrain.data.settings import OrderSettings
 from maepretrain.evaluate.classifier_head import ClassifierHead
 from maepretrain.training.optimizer import Optimization
 
@@ -90,9 +91,9 @@ def batches(pattern: str, accumulation: int = 1, ranks: int = 1) -> Iterator[dic
             channels=1,
             mean=(0.0,),
             std=(1.0,),
-            seed=SEED,
             num_workers=0,
             max_errors=1.0,
+            order=OrderSettings(seed=SEED),
         )
         data.plan(STEPS, ranks, accumulation)
         readers.append(data.train_dataloader())
@@ -280,7 +281,7 @@ def test_a_listed_sample_is_the_one_that_was_read(tmp_path: Path, pretrain: Run)
 
 def test_a_stream_without_an_index_lists_what_it_knows(tmp_path: Path, pretrain: Run) -> None:
     pattern = write_signals(tmp_path / "shards", {i: HUGE for i in range(4)})
-    plain = ["--data.exact", "false", "--data.samples_per_epoch", SAMPLES]
+    plain = ["--data.order.exact", "false", "--data.order.samples_per_epoch", SAMPLES]
     assert pretrain(tmp_path / "run", pattern, *plain) == 0
     found = rows(tmp_path / "run")
     assert found and len(found) % BATCH == 0
@@ -469,7 +470,7 @@ def test_fine_tuning_leaves_them_out_too(
     frozen = head == "batchnorm"
     options += ["--optim.layer_decay", 1, "--head", head]
     options += ["--trained_blocks", 0 if frozen else -1, "--encoder", encoder]
-    options += ["--data.val", "null", "--data.scale", "null", "--label_smoothing", 0]
+    options += ["--data.val", "null", "--data.crop.scale", "null", "--label_smoothing", 0]
     options += ["--optim.betas", "[0.9, 0.95]", "--optim.min_lr", 0]
     run = tmp_path / "tuned"
     assert run_cli("finetune", *options, "--trainer.max_steps", STEPS, "--run", run) == 0
@@ -509,7 +510,7 @@ def test_fine_tuning_stops_after_some_in_a_row(
         "linear",
     ]
     options += ["--encoder", encoder, "--optim.layer_decay", 1, "--nonfinite", 2]
-    options += ["--data.val", "null", "--data.scale", "null", "--trainer.max_steps", STEPS]
+    options += ["--data.val", "null", "--data.crop.scale", "null", "--trainer.max_steps", STEPS]
     capsys.readouterr()
     assert run_cli("finetune", *options, "--run", tmp_path / "tuned") == 2
     assert "2 micro-batches in a row had a loss that is not finite" in only_line(capsys)

@@ -238,7 +238,7 @@ def test_no_sample_is_left_out_of_every_epoch(tmp_path: Path, one_shard: Path) -
 
 @pytest.mark.parametrize("on", [On(), On(4, 0)], ids=str)
 def test_padding_repeats_what_is_said(tmp_path: Path, shards: Path, on: On) -> None:
-    part = pretrain(tmp_path / "run", shards, on, *TWO_EPOCHS, "--data.tail", "pad")
+    part = pretrain(tmp_path / "run", shards, on, *TWO_EPOCHS, "--data.order.tail", "pad")
     padded = (STEPS_PER_EPOCH + 1) * BATCH
     assert f"{padded - SAMPLES} repeated in each epoch" in part.output
     assert len(part.images) == 2 * padded
@@ -533,7 +533,7 @@ def test_other_shards_go_on_at_the_same_sample(tmp_path: Path, shards: Path, who
 
 
 def test_crops_of_an_image_count_as_samples(tmp_path: Path, shards: Path) -> None:
-    options = ["--data.crops_per_image", 2, "--trainer.max_epochs", 1]
+    options = ["--data.crop.per_image", 2, "--trainer.max_epochs", 1]
     one, two = (pretrain(tmp_path / str(on), shards, on, *options) for on in (On(), On(2, 1, 2)))
     assert two.content == one.content
     images = SAMPLES // (BATCH // 2) * (BATCH // 2)
@@ -552,7 +552,7 @@ def test_a_mixture_goes_on_with_the_same_draws(tmp_path: Path) -> None:
     write_pictures(tmp_path, "test", range(1000, 1010), 10)
     mixture = f'{{"{tmp_path}/train-*.tar": 0.7, "{tmp_path}/b/train-*.tar": 0.3}}'
     options = ["--data.train", mixture, "--data.global_batch", 20]
-    options += ["--data.samples_per_epoch", 140, *TWO_EPOCHS, *KEEP_ALL]
+    options += ["--data.order.samples_per_epoch", 140, *TWO_EPOCHS, *KEEP_ALL]
     runs = {on: tmp_path / str(on) for on in (On(), On(2, 2), On(4, 0))}
     parts = {on: pretrain(run, tmp_path, on, *options, batch=20) for on, run in runs.items()}
     truth = parts[On()]

@@ -17,7 +17,7 @@ from maepretrain.models.flops import peak_here, peak_of
 from maepretrain.models.mae.model import MaskedAutoencoder
 
 Run = Callable[..., int]
-SIXTEEN = ["--data.low_image_size", 8, "--data.low_epochs", 0.5]
+SIXTEEN = ["--data.low_resolution.image_size", 8, "--data.low_resolution.epochs", 0.5]
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -101,10 +101,22 @@ def test_images_are_small_first(
 @pytest.mark.parametrize(
     ("options", "rule"),
     [
-        (["--data.low_image_size", 10, "--data.low_epochs", 1], "must be divisible by patch size"),
-        (["--data.low_image_size", 24, "--data.low_epochs", 1], "24x24 is above 16x16"),
-        (["--data.low_image_size", 8], "low_image_size 8 and low_epochs 0.0 go together"),
-        (["--data.low_epochs", 1], "low_image_size None and low_epochs 1.0 go together"),
+        (
+            ["--data.low_resolution.image_size", 10, "--data.low_resolution.epochs", 1],
+            "must be divisible by patch size",
+        ),
+        (
+            ["--data.low_resolution.image_size", 24, "--data.low_resolution.epochs", 1],
+            "24x24 is above 16x16",
+        ),
+        (
+            ["--data.low_resolution.image_size", 8],
+            "low_resolution.image_size 8 and low_resolution.epochs 0.0 go together",
+        ),
+        (
+            ["--data.low_resolution.epochs", 1],
+            "low_resolution.image_size None and low_resolution.epochs 1.0 go together",
+        ),
     ],
 )
 def test_mistakes_are_one_line(

@@ -10,6 +10,7 @@ import yaml
 
 from maepretrain.checkpoints.encoders import load_encoder
 from maepretrain.data.module import ShardData
+from maepretrain.data.settings import Crop
 from maepretrain.parsing.errors import UserError
 from maepretrain.workflows import compare as module
 
@@ -43,7 +44,7 @@ def configs(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
             "val": f"{shards}/test-*.tar",
             "image_size": 16,
             "channels": 1,
-            "scale": None,
+            "crop": {"scale": None},
             "mean": [0.0],
             "std": [std],
             "global_batch": 30,
@@ -69,7 +70,7 @@ def test_compare_trains_judges_and_goes_on_where_it_was(
     out = tmp_path / "out"
     tuning = tmp_path / "tune.yaml"
     trained = {"train": f"{shards}/train-*.tar", "val": f"{shards}/test-*.tar"}
-    sizes = {"image_size": 16, "channels": 1, "scale": None, "global_batch": 25}
+    sizes = {"image_size": 16, "channels": 1, "crop": {"scale": None}, "global_batch": 25}
     optim = {"base_lr": 1e-3, "warmup_epochs": 0}
     trainer = {"max_epochs": 1, "accelerator": "cpu", "devices": 1}
     whole = {"data": trained | sizes, "optim": optim, "trainer": trainer}
@@ -116,7 +117,7 @@ def test_compare_trains_judges_and_goes_on_where_it_was(
 
 def _error_by_hand(run: Path, shards: Path) -> float:
     sizes = {"image_size": 16, "channels": 1, "mean": (0.0,), "std": (1.0,)}
-    data = ShardData(f"{shards}/test-*.tar", scale=None, global_batch=1, **sizes)
+    data = ShardData(f"{shards}/test-*.tar", crop=Crop(scale=None), global_batch=1, **sizes)
     images = data.evaluation(data.index).__getitems__(list(range(len(data.index))))["input"]
     weights = {k.removeprefix("coder."): v for k, v in load_encoder(str(run)).state_dict().items()}
     x = images.flatten(1) / 255

@@ -12,32 +12,22 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from glob import glob
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from braceexpand import braceexpand
-from rich.console import Console
-from rich.progress import track
-
-from maepretrain.data.errors import KINDS, ShardError
+from maepretrain.data.errors import KINDS, ErrorRow, ShardError
+from maepretrain.data.shards.parallel import in_processes, in_threads, progress
+from maepretrain.data.shards.patterns import expand
 from maepretrain.data.shards.tar import Columns, scan
 from maepretrain.data.stores.cache import ShardCache
-from maepretrain.data.stores.remote import is_remote
+from maepretrain.data.stores.remote import is_remote, shown
 from maepretrain.files import locked, replacing
 
-_T = TypeVar("_T")
-
 INDEX_VERSION = 2
-# Heads of so many shards are read side by side, each thread taking so many in a row.
-THREADS = 16
-PART = 256
 # Seconds for which the index of a remote shard is not asked for again: the ranks of a node start
 # together, and one of them asks.
 FRESH = 600
@@ -77,6 +67,11 @@ class Shard:
         """The file's name, without what a signed address carries."""
         return self.url.partition("?")[0].rpartition("/")[2]
 
+    def error_rows(self) -> list[ErrorRow]:
+        """What its index found wrong, a row for each sample."""
+        url = shown(self.url)
+        return [ErrorRow(kind, url, key) for kind, keys in self.errors.items() for key in keys]
+
     def columns(self) -> Columns:
         """Read the index's columns."""
         try:
@@ -90,62 +85,6 @@ class Shard:
 def index_path(shard: Path) -> Path:
     """The sidecar of a shard: `a.tar.idx` beside `a.tar`."""
     return shard.with_name(shard.name + ".idx")
-
-
-def expand(patterns: str | list[str], cache: ShardCache | None = None) -> list[str]:
-    """Shards of one or several patterns: braces (`a-{000..011}.tar`), globs, plain files,
-    addresses.
-
-    In the order of the patterns; sorted within a glob.
-
-    Raises:
-        ShardError: a pattern that matches no file, or a command (`pipe:`).
-    """
-    urls: list[str] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        urls += _expand_one(pattern, cache)
-    if not urls:
-        raise ShardError(f"no shards are named: the patterns are {patterns}")
-    doubled = len(urls) - len(set(urls))
-    if doubled:
-        raise ShardError(f"{doubled} shards are named more than once by {patterns}")
-    return urls
-
-
-def _expand_one(pattern: str, cache: ShardCache | None) -> list[str]:
-    if pattern.startswith("pipe:"):
-        raise ShardError(
-            f"{pattern}: what a command prints has no index and no exact resume; read it with "
-            "--data.exact false --data.allow_pipe"
-        )
-    pattern = pattern.removeprefix("file://")
-    path = Path(pattern).expanduser()
-    if not is_remote(pattern):
-        if path.is_dir():
-            raise ShardError(f"{pattern} is a folder; name its shards: {path / '*.tar'}")
-        if path.is_file():  # also a name that holds a brace or a bracket
-            return [str(path)]
-    try:
-        urls = list(braceexpand(pattern))
-    except ValueError:
-        raise ShardError(f"{pattern}: a brace is not closed or not opened") from None
-    return [found for url in urls for found in _existing(url, pattern, cache)]
-
-
-def _existing(url: str, pattern: str, cache: ShardCache | None) -> list[str]:
-    if is_remote(url):
-        wild = any(character in url.partition("?")[0] for character in "*[")
-        found = (cache or ShardCache()).expand(url) if wild else [url]
-        return [one for one in found if not one.endswith(".idx")]
-    path = Path(url).expanduser()
-    found = [str(path)] if path.is_file() else []
-    if not found and any(character in url for character in "*?["):
-        # Path.glob would take hidden files too.
-        matches = [match for match in glob(str(path)) if not match.endswith(".idx")]  # noqa: PTH207
-        found = [match for match in sorted(matches) if Path(match).is_file()]
-    if not found:
-        raise ShardError(f"no shard matches {url}" + (f" of {pattern}" if url != pattern else ""))
-    return found
 
 
 def open_shards(
@@ -165,7 +104,7 @@ def open_shards(
     urls = expand(patterns, cache)
     remote = [url for url in urls if is_remote(url)]
     local = [url for url in urls if not is_remote(url)] if remote else urls
-    opened = _in_threads(open_local, local) + _in_threads(partial(open_remote, cache), remote)
+    opened = in_threads(open_local, local) + in_threads(partial(open_remote, cache), remote)
     missing = [Path(url) for url, shard in zip(local, opened, strict=False) if shard is None]
     known = {shard.url: shard for shard in (*opened, *make_indexes(missing, workers)) if shard}
     return [known[url] for url in urls]
@@ -193,20 +132,6 @@ def make_indexes(paths: list[Path], workers: int = 1, checksum: bool = False) ->
         return []
     made = in_processes(_make_index, [(path, checksum) for path in paths], workers)
     return list(progress(made, "indexing shards", len(paths)))
-
-
-def _in_threads(open_one: Callable[[str], Shard | None], urls: list[str]) -> list[Shard | None]:
-    """Heads of many shards: a network's disk answers late, but many questions at once."""
-    parts = [urls[i : i + PART] for i in range(0, len(urls), PART)]
-    if len(parts) <= 1 and not any(map(is_remote, urls)):
-        return [open_one(url) for url in urls]
-    with ThreadPoolExecutor(THREADS) as pool:
-        opened = pool.map(lambda part: [open_one(url) for url in part], parts)
-        try:
-            done = progress(opened, "reading indexes", len(parts))
-            return [shard for part in done for shard in part]
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def open_local(url: str) -> Shard | None:
@@ -284,27 +209,6 @@ def _fetch_index(url: str, sidecar: Path, cache: ShardCache) -> None:
 def _kept_index(url: str, cache: ShardCache) -> Path:
     """Where the index of a shard lies that cannot lie beside it."""
     return cache.folder / "index" / (hashlib.sha256(os.fsencode(url)).hexdigest()[:32] + ".idx")
-
-
-def progress(work: Iterable[_T], what: str, total: int) -> Iterable[_T]:
-    """A bar while the work is done, beside what is printed for other programs."""
-    return track(work, what, total, console=Console(stderr=True), transient=True)
-
-
-def in_processes(function: Any, jobs: list[Any], workers: int) -> Iterator[Any]:
-    """`function(job)` for each job in worker processes, results in order.
-
-    In this process when there is nothing to share out.
-    """
-    if min(workers, len(jobs)) <= 1:
-        yield from map(function, jobs)
-        return
-    # "spawn": the parent may hold threads (torch, rich), which must not be forked.
-    with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn")) as pool:
-        try:
-            yield from pool.map(function, jobs)
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _make_index(job: tuple[Path, bool]) -> Shard:

@@ -11,18 +11,15 @@ import hashlib
 import os
 import re
 import shutil
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from maepretrain.data.errors import ShardError
+from maepretrain.data.stores.locks import delete_unused, exclusive, pin, reserved, share, unshared
 from maepretrain.data.stores.remote import (
     Answer,
     Remote,
@@ -36,20 +33,8 @@ DEFAULT_LIMIT = 100 * 10**9
 ROOM = 8 << 20  # bytes to evict at once where the disk is full
 PATIENCE = 10.0  # seconds to wait until somebody closes a shard that is in the way
 
-_Named = tuple[str, int | None, str | None]  # url, size, sha256
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _MADE_HERE = re.compile(r"[0-9a-f]{32}-.*(?<!\.lock)")
-
-# Open .lock and .part files. A worker forked during a download must not keep its lock.
-_unshared: set[int] = set()
-
-
-def _after_fork() -> None:
-    while _unshared:
-        os.close(_unshared.pop())
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)
@@ -122,14 +107,14 @@ class ShardCache:
         path = self.path(url, size, sha256)
         part, lock = (path.with_name(path.name + suffix) for suffix in (".part", ".lock"))
         try:
-            if (file := _pinned(path)) is not None:
+            if (file := pin(path)) is not None:
                 return file
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _alone(lock) as held:
+            with exclusive(lock) as held:
                 try:
-                    if (file := _pinned(path)) is not None:  # whoever held the lock has fetched it
+                    if (file := pin(path)) is not None:  # whoever held the lock has fetched it
                         return file
-                    with _opened(part, os.O_APPEND) as file:
+                    with unshared(part, os.O_APPEND) as file:
                         return self._download(_Part(url, size, sha256, part, file, held))
                 finally:
                     if not part.exists():
@@ -154,7 +139,7 @@ class ShardCache:
 
     def rename(self, old: Path, new: Path) -> None:
         """Give a finished shard that is held open another name, as `path` makes it."""
-        with _alone(self.folder / "cache.lock"):  # who adds up the folder sees it once
+        with exclusive(self.folder / "cache.lock"):  # who adds up the folder sees it once
             old.replace(new)
 
     def small(self, url: str) -> bytes | None:
@@ -179,7 +164,7 @@ class ShardCache:
                 raise part.stale(f"does not have the checksum {part.sha256}")
             os.fsync(part.file)
             file = os.open(part.path, os.O_RDONLY)
-            flock(file, LOCK_SH)  # before others see it: it cannot be evicted first
+            share(file)  # before others see it: it cannot be evicted first
             self.rename(part.path, part.path.with_suffix(""))
             return file
         finally:
@@ -193,7 +178,7 @@ class ShardCache:
                 return self.remote.persist(part.url, partial(self._receive, part), part.length)
             except OSError as error:
                 if error.errno in _DISK_FULL:
-                    with _alone(self.folder / "cache.lock"):
+                    with exclusive(self.folder / "cache.lock"):
                         if self._evict(part, at_least=ROOM) < ROOM:
                             continue
                 part.cut()
@@ -238,11 +223,11 @@ class ShardCache:
         if size > self.limit:
             raise ShardError(
                 f"{shard} is larger than the cache in {self.folder}, "
-                f"{self.limit:,} bytes; raise --data.cache_gb"
+                f"{self.limit:,} bytes; raise --data.cache.gigabytes"
             )
         gives_up = time.monotonic() + PATIENCE
         while True:
-            with _alone(self.folder / "cache.lock"):
+            with exclusive(self.folder / "cache.lock"):
                 if self._evict(part, size) <= 0:
                     os.ftruncate(part.lock, 0)
                     os.pwrite(part.lock, f"{size} {tag}".encode(), 0)
@@ -250,7 +235,7 @@ class ShardCache:
             if time.monotonic() > gives_up:
                 raise ShardError(
                     f"no room for {shard}: the cache in {self.folder} may hold "
-                    f"{self.limit:,} bytes and all of it is in use; raise --data.cache_gb"
+                    f"{self.limit:,} bytes and all of it is in use; raise --data.cache.gigabytes"
                 )
             time.sleep(0.1)
 
@@ -265,12 +250,12 @@ class ShardCache:
             if _MADE_HERE.fullmatch(path.name) and path != part.path:
                 with suppress(FileNotFoundError):  # its fetcher has just renamed or deleted it
                     stat = path.stat()
-                    kept.append((stat.st_mtime_ns, max(stat.st_size, _reserved(path)), path))
+                    kept.append((stat.st_mtime_ns, max(stat.st_size, reserved(path)), path))
         missing = max(at_least, sum(size for _, size, _ in kept) + size - self.limit)
         for _, freed, path in sorted(kept):
             if missing <= 0:
                 break
-            if _delete(path):
+            if delete_unused(path):
                 missing -= freed
         return missing
 
@@ -290,128 +275,3 @@ def _free(folder: Path) -> int:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _opened(path: Path, flags: int = 0) -> Iterator[int]:
-    """A file, made if need be, that a forked worker does not keep open."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
-    _unshared.add(file)
-    try:
-        yield file
-    finally:
-        _unshared.discard(file)
-        os.close(file)
-
-
-@contextmanager
-def _alone(path: Path, wait: bool = True) -> Iterator[int]:
-    """Hold a lock file; BlockingIOError where somebody else holds it and `wait` is off."""
-    while True:
-        with _opened(path) as file:
-            try:
-                flock(file, LOCK_EX | (0 if wait else LOCK_NB))
-                if os.fstat(file).st_nlink:  # else whoever held it has deleted it
-                    yield file
-                    return
-            finally:
-                flock(file, LOCK_UN)  # closing would not free it if a fork has just copied it
-
-
-def _pinned(path: Path) -> int | None:
-    """A finished shard, opened, marked as used and safe from eviction; None where there is none."""
-    with suppress(FileNotFoundError), ExitStack() as stack:
-        file = os.open(path, os.O_RDONLY)
-        stack.callback(os.close, file)
-        flock(file, LOCK_SH)
-        if os.fstat(file).st_nlink:  # else it was evicted since it was opened
-            with suppress(PermissionError):  # another user fetched it
-                os.utime(file)
-            stack.pop_all()
-            return file
-    return None
-
-
-def _delete(path: Path) -> bool:
-    """Delete a shard that nobody has open, or a `.part` that nobody fetches."""
-    with suppress(OSError):
-        if path.suffix == ".part":
-            lock = path.with_suffix(".lock")
-            with _alone(lock, wait=False):
-                try:
-                    path.unlink()
-                finally:
-                    lock.unlink()
-        else:
-            with path.open("r+b") as file:
-                flock(file, LOCK_EX | LOCK_NB)
-                path.unlink()
-        return True
-    return False
-
-
-def _reserved(path: Path) -> int:
-    """Bytes that a fetcher has announced for its `.part`."""
-    if path.suffix == ".part":
-        with suppress(OSError, ValueError):
-            return int(path.with_suffix(".lock").read_bytes().partition(b" ")[0])
-    return 0
-
-
-class ReadAhead:
-    """Fetches the shards that come next, in background threads that end with the process.
-
-    Errors are dropped: whoever needs the shard meets them again.
-
-    Args:
-        cache: where the shards go.
-        threads: how many are fetched at once.
-    """
-
-    def __init__(self, cache: ShardCache, threads: int = 2) -> None:
-        self.cache = cache
-        self.threads = threads
-        self._start_anew()
-
-    def want(self, shards: Sequence[_Named]) -> None:
-        """Fetch these (url, size, sha256), nearest first, in place of what was wanted before.
-
-        What is there, or is being fetched, costs nothing, and is marked as used.
-        """
-        if self._process != os.getpid():  # threads and held locks do not survive a fork
-            self._start_anew()
-        with self._lock:
-            self._queue = deque(dict.fromkeys(shards))
-            for _ in range(min(self.threads - self._running, len(self._queue))):
-                self._running += 1
-                threading.Thread(target=self._work, name="read-ahead", daemon=True).start()
-
-    def close(self) -> None:
-        """Want nothing more; what is being fetched goes on to its end. `want` begins anew."""
-        self.want(())
-
-    def _start_anew(self) -> None:
-        self._process = os.getpid()
-        self._lock = threading.RLock()  # a signal handler may close what it interrupts
-        self._queue: deque[_Named] = deque()
-        self._fetching: set[_Named] = set()
-        self._running = 0
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._queue:
-                    self._running -= 1
-                    return
-                shard = self._queue.popleft()
-                if shard in self._fetching:
-                    continue
-                self._fetching.add(shard)
-            with suppress(Exception):
-                self.cache.fetch(*shard)
-            with self._lock:
-                self._fetching.discard(shard)
-
-    def __reduce__(self) -> tuple[type["ReadAhead"], tuple[ShardCache, int]]:
-        """Threads do not travel to another process."""
-        return ReadAhead, (self.cache, self.threads)

@@ -12,8 +12,8 @@ import torch
 from scipy.stats import beta, kstest
 from torch import Tensor
 
-from maepretrain.data.augment import Augmentation, RandAugmented
-from maepretrain.data.images import UNIFORMS, Augment
+from maepretrain.data.finetune_augmentation import Augmentation, RandAugmented
+from maepretrain.data.transforms import UNIFORMS, Augment
 from maepretrain.randomness import key, uniform
 
 POLICY = "rand-m9-mstd0.5-inc1"

@@ -21,8 +21,8 @@ from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from maepretrain.data.images import Augment
 from maepretrain.data.module import ShardData
+from maepretrain.data.transforms import Augment
 
 # Share of the image's side by which RandAugment translates at most (timm's create_transform).
 TRANSLATE = 0.45

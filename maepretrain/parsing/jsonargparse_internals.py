@@ -7,6 +7,11 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+# The action of `--config`, whose call is given the path; jsonargparse shows it without exporting it.
+from jsonargparse._actions import ActionConfigFile
+
+__all__ = ["ActionConfigFile", "actions_of", "type_of"]
+
 
 def actions_of(parser: ArgumentParser) -> list[Any]:
     """The options of a parser in the order of their declaration: argparse's `_actions`, which have

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ArgumentParser
 
 from maepretrain.parsing.configs import find_config
 from maepretrain.parsing.errors import UserError
 from maepretrain.parsing.help import help_text
-from maepretrain.parsing.jsonargparse_internals import actions_of, type_of
+from maepretrain.parsing.jsonargparse_internals import ActionConfigFile, actions_of, type_of
 from maepretrain.parsing.suggestions import explained
 
 HELP = ("-h", "--help")

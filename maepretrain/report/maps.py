@@ -41,7 +41,7 @@ def maps(records: list[Record], images: int) -> list[Element]:
     missing: list[Element] = []
     for record in records:
         pictures = _drawn_maps(record)
-        lacking = [method for method in METHODS if method not in pictures]
+        lacking: list[Method] = [method for method in METHODS if method not in pictures]
         if lacking:
             computed, reason = _try_to_compute(record, images, lacking)
             pictures |= computed

@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-# The action of `--config`, whose call is given the path; jsonargparse shows it without exporting it.
+# The action of `--config`, which is called with the path; jsonargparse does not export it.
 from jsonargparse._actions import ActionConfigFile
 
 __all__ = ["ActionConfigFile", "actions_of", "type_of"]

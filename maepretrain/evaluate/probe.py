@@ -95,7 +95,7 @@ def probe(
                 for choice, one in zip(sets.choices, sets.seeds, strict=True):
                     say_detail(f"{row}, seed {one}")
                     probed = (features.bank, features.test, choice, sets.classes, one, processes)
-                    linear.append(_probe_once(sweep, *probed, task=f"{row}: linear heads"))
+                    linear.append(_probe_once(sweep, *probed, row=row))
                     knn.append(vote_on_test(neighbours, *probed))
                 evaluation.add(row, linear, features)
                 evaluation.rows[row] |= _knn_columns(knn)
@@ -120,10 +120,10 @@ def _probe_once(
     classes: int,
     seed: int,
     processes: Processes,
-    task: str,
+    row: str,
 ) -> Outcome:
     """Choose the head on shares of the training set, train it on all of it, test it."""
-    best = _rank(sweep, bank, choice, classes, seed, processes, task)[0]
+    best = _rank(sweep, bank, choice, classes, seed, processes, row)[0]
     name = best.feature_set
     final = sweep.fit(
         lambda i: bank.rows(choice[i], name),
@@ -154,7 +154,7 @@ def _rank(
     classes: int,
     seed: int,
     processes: Processes,
-    task: str,
+    row: str,
 ) -> list[ScoredHead]:
     """All heads, fitted on a part of the training set and ranked on the rest, the best first; on
     several such splits where the rest is small.
@@ -176,7 +176,7 @@ def _rank(
             seed,
             settings=settings,
             device=processes.device,
-            task=f"{task}, split {number} of {len(folds)}",
+            task=f"{row}: linear heads, split {number} of {len(folds)}",
         )
         rows = lambda i, held_out=held_out: bank.rows(held_out[i])  # noqa: E731
         scored.append((len(held_out), sweep.rank(heads, rows, bank.labels[held_out])))
@@ -187,6 +187,7 @@ def _rank(
         feature_sets=len(bank.widths),
         labelled=len(choice),
         held_out=[len(hold) for _, hold in folds],
+        row=row,
     )
     return ranking
 
@@ -209,6 +210,7 @@ def audit(
     feature_sets: int,
     labelled: int,
     held_out: list[int],
+    row: str,
 ) -> None:
     """Print the settings that were applied, and warn where the grid was too narrow.
 
@@ -218,6 +220,7 @@ def audit(
         feature_sets: how many there are.
         labelled: samples of the training set.
         held_out: samples that each fold held out to rank on.
+        row: of the table, named in warnings.
     """
     best = ranking[0]
     fitted = labelled - held_out[0]
@@ -237,7 +240,7 @@ def audit(
         f"              trained again on all {labelled:,}"
     )
     for edge in sweep.edges(ranking):
-        say(f"  WARNING     {edge}")
+        say(f"  WARNING     {edge} ({row})")
 
 
 def probe_parser(parser: Any) -> Any:

@@ -60,7 +60,7 @@ def quickstart(dst: Path = Path("quickstart"), epochs: int | None = None) -> int
         if code:
             return code
         _announce(3, "testing the encoder by a linear probe and k-NN, beside three baselines")
-        rows = _probe(run)
+        rows = _probe(run, log)
     _print_result(rows, run, (time.perf_counter() - began) / 60)
     _print_places(run, log)
     return 0
@@ -87,10 +87,12 @@ def _pretrain(shards: Path, run: Path, epochs: int | None) -> int:
     return pretrain_command(options)
 
 
-def _probe(run: Path) -> ResultTable:
+def _probe(run: Path, log: Path) -> ResultTable:
     options = ["--encoder", str(run), "--baselines"]
     say_detail(shlex.join(["maepretrain", "probe", *options]))
-    return probe(**parse(probe_parser(make_parser("probe")), options))
+    # Advice on the sweep's grids is for whoever tunes a probe; the bar is on standard error.
+    with log.open("a") as file, redirect_stdout(file):
+        return probe(**parse(probe_parser(make_parser("probe")), options))
 
 
 def _print_result(rows: ResultTable, run: Path, minutes: float) -> None:

@@ -268,7 +268,7 @@ def test_the_grids_edge_is_told_where_it_matters(
 ) -> None:
     sweep = LinearSweep((0.1, 0.001, 0.01), (1.0,), min_steps=60)
     ranking = heads_of(losses, accuracies)
-    audit(sweep, ranking, feature_sets=1, labelled=110, held_out=[10, 10])
+    audit(sweep, ranking, feature_sets=1, labelled=110, held_out=[10, 10], row="raw pixels")
     printed = capsys.readouterr().out
     assert ("WARNING" in printed) is (told is not None)
     assert told is None or f"WARNING     {told} lies on the edge" in printed

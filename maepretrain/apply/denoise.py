@@ -18,7 +18,7 @@ from maepretrain.data.module import ShardData
 from maepretrain.models.autoencoders.corruption import Corruption, Kind
 from maepretrain.models.protocol import Decodes, Denoises, require
 from maepretrain.ranks import say
-from maepretrain.runs.results import print_columns
+from maepretrain.runs.tables import print_columns
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from maepretrain.models.protocol import BinaryCodes, require
 from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.plots.images import titled_images
 from maepretrain.ranks import say
-from maepretrain.runs.results import print_columns
+from maepretrain.runs.tables import print_columns
 
 Metric = Literal["cosine", "hamming"]
 # Images of the index that are encoded again, and how far their features may be from those in it:

@@ -27,7 +27,8 @@ from maepretrain.evaluate.options import data_of_encoder
 from maepretrain.files import replacing
 from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.ranks import quiet_lightning, say
-from maepretrain.runs.results import print_columns, write_results
+from maepretrain.runs.results import write_results
+from maepretrain.runs.tables import print_columns
 from maepretrain.training.optimizer import Optimization
 from maepretrain.training.trainer_arguments import set_threads
 

@@ -14,13 +14,13 @@ from maepretrain.data.finetune_augmentation import Augmentation
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate.classifier_head import ClassifierHead
 from maepretrain.evaluate.drop_path import set_drop_path
+from maepretrain.evaluate.scores import scores
 from maepretrain.evaluate.targets import Targets
 from maepretrain.evaluate.trained_layers import choose_layers
 from maepretrain.evaluate.weight_average import make_average, update_average
 from maepretrain.models.protocol import declared
 from maepretrain.randomness import key
 from maepretrain.ranks import run_on_all
-from maepretrain.runs.results import scores
 from maepretrain.training.module import TrainingModule
 from maepretrain.training.nonfinite import NonFinite
 from maepretrain.training.optimizer import Optimization

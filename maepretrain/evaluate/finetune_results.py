@@ -11,7 +11,8 @@ from PIL import Image
 from maepretrain.data.module import ShardData
 from maepretrain.evaluate.classifier import Classifier
 from maepretrain.evaluate.pictures import draw_confusion
-from maepretrain.runs.results import spread, write_results
+from maepretrain.evaluate.scores import spread
+from maepretrain.runs.results import write_results
 from maepretrain.training.callbacks.pictures import log_picture
 
 # Numbers of a result whose mean and spread over seeds are known.

@@ -28,9 +28,10 @@ from maepretrain.evaluate.feature_sets import (
 from maepretrain.evaluate.labelled_sets import LabelledSets
 from maepretrain.evaluate.pictures import draw_confusion
 from maepretrain.evaluate.processes import Processes
+from maepretrain.evaluate.scores import spread
 from maepretrain.plots.maps import embedding_map
 from maepretrain.ranks import is_rank_zero
-from maepretrain.runs.results import spread, write_results
+from maepretrain.runs.results import write_results
 
 # Figures by name, of each row of the table.
 ResultTable = dict[str, dict[str, Any]]

@@ -25,10 +25,10 @@ from maepretrain.evaluate.neighbours import NeighbourSweep, nearest, vote
 from maepretrain.evaluate.options import add_verbose, details, evaluation_parser
 from maepretrain.evaluate.processes import Processes
 from maepretrain.evaluate.result_lines import print_frozen
+from maepretrain.evaluate.scores import scores
 from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.randomness import permutation
 from maepretrain.ranks import say, say_detail
-from maepretrain.runs.results import scores
 
 
 def knn(

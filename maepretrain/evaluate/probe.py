@@ -30,9 +30,9 @@ from maepretrain.evaluate.neighbours import NeighbourSweep
 from maepretrain.evaluate.options import add_verbose, details, evaluation_parser
 from maepretrain.evaluate.processes import Processes
 from maepretrain.evaluate.result_lines import print_frozen
+from maepretrain.evaluate.scores import scores, spread
 from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.ranks import say, say_detail
-from maepretrain.runs.results import scores, spread
 
 
 def probe(

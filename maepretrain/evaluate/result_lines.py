@@ -8,7 +8,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from maepretrain.evaluate.frozen_features import PRETRAINED
 from maepretrain.ranks import say
-from maepretrain.runs.results import print_table, read_results
+from maepretrain.runs.results import read_results
+from maepretrain.runs.tables import print_table
 
 # Words for the first figure of a task.
 FIGURE_NAMES = {"top1": "top-1"}

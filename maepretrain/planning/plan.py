@@ -52,7 +52,7 @@ from maepretrain.models.protocol import TrainsPositions, as_taken, declared
 from maepretrain.parsing.errors import UserError
 from maepretrain.parsing.parser import allow_bare_flags, make_parser
 from maepretrain.ranks import quiet_lightning
-from maepretrain.runs.results import print_columns
+from maepretrain.runs.tables import print_columns
 from maepretrain.torch_internals import DataDependentOutputException, FakeTensorMode
 from maepretrain.training.trainer_arguments import in_steps
 from maepretrain.workflows.pretrain import pretrain_parser

@@ -7,7 +7,8 @@ from typing import Any
 from maepretrain.data.errors import printable
 from maepretrain.report.document import Code, Element, Table, Text, printable_lines
 from maepretrain.report.records import Record
-from maepretrain.runs.results import COLUMNS, cell_text, read_results
+from maepretrain.runs.results import read_results
+from maepretrain.runs.tables import HEADINGS, cell_text
 
 EVALUATORS = {"probe": "Linear probe", "knn": "k-NN", "finetune": "Fine-tuning"}
 # Numbers of a result that are no figures.
@@ -70,11 +71,11 @@ def _table(title: str, rows: list[tuple[str, dict[str, Any]]]) -> Table | None:
     numbers: list[str] = []
     for _, figures in rows:
         numbers += [key for key, value in figures.items() if _is_figure(key, value)]
-    columns = [key for key in COLUMNS if key in numbers]
-    columns += dict.fromkeys(key for key in numbers if key not in COLUMNS)
+    columns = [key for key in HEADINGS if key in numbers]
+    columns += dict.fromkeys(key for key in numbers if key not in HEADINGS)
     if not columns:
         return None
-    head = [title, *(COLUMNS.get(key, key.replace("_", " ")) for key in columns)]
+    head = [title, *(HEADINGS.get(key, key.replace("_", " ")) for key in columns)]
     cells = [[printable(name), *(_cell(row, key) for key in columns)] for name, row in rows]
     return Table(head, cells)
 

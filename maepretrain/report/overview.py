@@ -6,8 +6,8 @@ from maepretrain.data.errors import printable
 from maepretrain.report.document import Table
 from maepretrain.report.evaluations import EVALUATORS, result_rows
 from maepretrain.report.records import Record, names_of, utc
-from maepretrain.runs.results import cell_text
 from maepretrain.runs.status import describe
+from maepretrain.runs.tables import cell_text
 
 
 def sentence(record: Record) -> str:

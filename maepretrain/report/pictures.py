@@ -11,7 +11,7 @@ from maepretrain.data.errors import printable
 from maepretrain.report.document import Element, Picture, PictureGroup, SideBySide, Text
 from maepretrain.report.evaluations import EVALUATORS, result_rows
 from maepretrain.report.records import Record
-from maepretrain.runs.results import cell_text
+from maepretrain.runs.tables import cell_text
 
 # Pictures of reconstructions over a training: the first, the last and some between.
 GRIDS = 6

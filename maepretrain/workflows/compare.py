@@ -26,13 +26,15 @@ from maepretrain.evaluate.finetune import finetune, finetune_parser
 from maepretrain.evaluate.frozen_features import PRETRAINED
 from maepretrain.evaluate.options import TRAINING_ONLY
 from maepretrain.evaluate.probe import probe, probe_parser
+from maepretrain.evaluate.scores import spread
 from maepretrain.files import replacing
 from maepretrain.parsing.configs import config_words, find_config
 from maepretrain.parsing.errors import UserError
 from maepretrain.parsing.parser import allow_bare_flags, make_parser, parse
 from maepretrain.plots.images import reconstruction_grid
 from maepretrain.ranks import details_to, quiet_lightning, say
-from maepretrain.runs.results import print_columns, spread, write_results
+from maepretrain.runs.results import write_results
+from maepretrain.runs.tables import print_columns
 from maepretrain.training.experiment import run_experiment
 from maepretrain.workflows.pretrain import pretrain, pretrain_parser
 

@@ -23,7 +23,7 @@ from maepretrain.evaluate.frozen_features import PRETRAINED, ResultTable
 from maepretrain.evaluate.probe import probe, probe_parser
 from maepretrain.parsing.parser import make_parser, parse
 from maepretrain.ranks import details_to, say_detail
-from maepretrain.runs.results import cell_text, print_columns
+from maepretrain.runs.tables import cell_text, print_columns
 from maepretrain.workflows.pretrain import pretrain_command
 
 

@@ -1,7 +1,6 @@
 """Figures against scikit-learn's, results.json under two writers, and the pictures."""
 
 import json
-import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 from sklearn.decomposition import PCA
-from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from sklearn.metrics import confusion_matrix as counts_of
 
 from maepretrain.data.shards.index import class_names, open_shards
@@ -21,7 +19,7 @@ from maepretrain.data.shards.sources import find_source
 from maepretrain.data.shards.write import write_shards
 from maepretrain.plots.confusion import confusion_matrix, most_confused
 from maepretrain.plots.maps import embedding_map
-from maepretrain.runs.results import print_table, scores, spread, write_results
+from maepretrain.runs.results import write_results
 
 
 def answers(n: int = 200, classes: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,40 +28,6 @@ def answers(n: int = 200, classes: int = 8) -> tuple[torch.Tensor, torch.Tensor]
     logits = torch.randn(n, classes, generator=generator)
     logits[torch.arange(n), truth] += 1.0
     return logits, truth
-
-
-def test_scores_equal_scikit_learns() -> None:
-    logits, truth = answers()
-    found = scores(logits, truth, 8)
-    for k in (1, 5):
-        assert found[f"top{k}"] == pytest.approx(top_k_accuracy_score(truth, logits, k=k))
-    balanced = balanced_accuracy_score(truth, logits.argmax(1))
-    assert found["mean_per_class"] == pytest.approx(balanced)
-    assert found["n"] == 200
-    first = scores(logits.argmax(1), truth, 8)
-    assert first["top1"] == found["top1"]
-    assert "top5" not in first
-
-
-def test_classes_that_the_truth_lacks_do_not_count() -> None:
-    found = scores(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), 5)
-    assert found == {"top1": pytest.approx(2 / 3), "mean_per_class": 0.75, "n": 3}
-
-
-@pytest.mark.parametrize("truth", [[], [0, 5], [-1, 0]])
-def test_truths_out_of_range_are_refused(truth: list[int]) -> None:
-    labels = torch.tensor(truth, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"truths in 0\.\.4"):
-        scores(labels, labels, 5)
-
-
-def test_the_spread_is_the_sample_standard_deviation() -> None:
-    tops = [0.5, 0.7, 0.9]
-    found = spread([{"top1": top, "n": 10} for top in tops])
-    assert found["top1"] == pytest.approx(statistics.mean(tops))
-    assert found["top1_std"] == pytest.approx(statistics.stdev(tops))
-    assert found["n"] == 10
-    assert spread([{"top1": 0.5, "n": 10}]) == {"top1": 0.5, "n": 10}
 
 
 def test_evaluators_leave_each_others_results_alone(tmp_path: Path) -> None:
@@ -86,15 +50,6 @@ def test_a_file_of_another_kind_is_left_alone(tmp_path: Path, content: str) -> N
     with pytest.raises(ValueError, match=r"results\.json"):
         write_results(tmp_path, "probe", {})
     assert path.read_text() == content
-
-
-def test_the_table_shows_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"top1": 0.91234, "top1_std": 0.005, "n": 10000, "seeds": 3, "recipe": "lr 0.1"}
-    print_table({"pretrained": row, "raw pixels": {"top1": 0.5, "knn": 0.25, "n": 10000}})
-    out = capsys.readouterr().out
-    for cell in ("0.9123 ± 0.0050", "0.5000", "0.2500", "10,000", "pretrained: lr 0.1"):
-        assert cell in out
-    assert "top-5" not in out
 
 
 @pytest.mark.parametrize("classes", [8, 40])

@@ -186,6 +186,8 @@ files, written and read back. The models learnt from {train}: 820 steps of 16 cr
 each weight, 492 for the residual coder, minutes of one CPU core. Published coders take a million
 steps, and lead JPEG; at this scale JPEG and WebP lead by far.
 
+`maepretrain codec` and this example need `pip install 'maepretrain[compression]'`.
+
 ![Rate and distortion](compression.png)
 
 """

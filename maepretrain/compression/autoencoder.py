@@ -35,7 +35,7 @@ LARGEST = 127
 
 
 class Reconstruction(NamedTuple):
-    """What a picture shows, in the (normalised) values of the input; all (b, c, h, w).
+    """Rows of a picture, in the (normalised) values of the input; all (b, c, h, w).
 
     `plain` is the decoder's without refinement; the same as `reconstruction` where there is none.
     """
@@ -97,8 +97,8 @@ class FactorisedPrior(nn.Module):
 
     @torch.no_grad()
     def probabilities(self) -> Float64[Tensor, "k s"]:
-        """Of each number -LARGEST..LARGEST, what lies beyond counted to the ends: what the entropy
-        coder uses; on the CPU."""
+        """Probabilities of each number -LARGEST..LARGEST, those beyond counted to the ends, for the
+        entropy coder; on the CPU."""
         shares, mean = self.logits.cpu().double().softmax(1), self.mean.cpu().double()
         scale = self.log_scale.cpu().double().exp()
         edges = torch.arange(-LARGEST, LARGEST, dtype=torch.float64) + 0.5
@@ -153,8 +153,11 @@ class Compression(nn.Module):
             )
         sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.shape: tuple[int, ...] = (channels, *sides)
-        self.stride, self.iterations = 2**stages, 1
-        self.weight, self.quantisation, self.seed = weight, quantisation, seed
+        self.stride = 2**stages
+        self.iterations = 1
+        self.weight = weight
+        self.quantisation = quantisation
+        self.seed = seed
         sizes = [channels, *[width] * (stages - 1), code]
         encoder: list[nn.Module] = []
         decoder: list[nn.Module] = []
@@ -191,20 +194,22 @@ class Compression(nn.Module):
             noise = uniform(self.seed, "quantisation", batch["position"], continuous[0].numel())
             noisy = continuous + (noise - 0.5).view_as(continuous)
             straight = self.quantisation == "straight_through"
-            code, rated = (round_straight_through(continuous) if straight else noisy), noisy
+            code = round_straight_through(continuous) if straight else noisy
+            rated = noisy
         else:
-            code = rated = quantised(continuous)
+            code = quantised(continuous)
+            rated = code
         h, w = x.shape[2:]
         plain = self.decoder(code)[:, :, :h, :w]
         bpp = self.prior.bits(rated).sum() / (len(x) * h * w)
         mse = F.mse_loss(plain, x)
-        found = {"loss": bpp + self.weight * mse, "bpp": bpp.detach(), "mse": mse.detach()}
+        outputs = {"loss": bpp + self.weight * mse, "bpp": bpp.detach(), "mse": mse.detach()}
         if self.refinement is not None:
             steps = self.refinement(self.decoder(code).detach(), code.detach())
             errors = torch.stack([F.mse_loss(step[:, :, :h, :w], x) for step in steps])
-            found["loss"] = found["loss"] + self.weight * errors.mean()
-            found["refined_mse"] = errors[-1].detach()
-        return found
+            outputs["loss"] = outputs["loss"] + self.weight * errors.mean()
+            outputs["refined_mse"] = errors[-1].detach()
+        return outputs
 
     def continuous(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k i j"]:
         """The code before rounding, of images enlarged to whole strides by their last pixels."""
@@ -223,12 +228,12 @@ class Compression(nn.Module):
     def symbols(
         self, images: Float[Tensor, "b c h w"], iterations: int = 1
     ) -> Int64[Tensor, "b k i j"]:
-        """What an entropy coder writes, each in 0..s-1."""
+        """The numbers of the code as an entropy coder writes them, each in 0..s-1."""
         assert iterations == self.iterations, "this coder has one rate"
         return quantised(self.continuous(images)).long() + LARGEST
 
     def probabilities(self, iterations: int = 1) -> Float64[Tensor, "k s"]:
-        """Of each channel's symbols."""
+        """Probabilities of each channel's symbols."""
         return self.prior.probabilities()
 
     def decode_symbols(self, symbols: Int64[Tensor, "b k i j"]) -> Float[Tensor, "b c h w"]:
@@ -243,17 +248,17 @@ class Compression(nn.Module):
         return [plain, *(self.refinement(plain, code) if self.refinement is not None else [])]
 
     def reconstruct(self, images: Float[Tensor, "b c h w"]) -> Reconstruction:
-        """What is decoded from the rounded code."""
+        """The images decoded from the rounded code."""
         h, w = images.shape[2:]
-        found = self.steps(self.symbols(images))
-        return Reconstruction(images, found[0][:, :, :h, :w], found[-1][:, :, :h, :w])
+        steps = self.steps(self.symbols(images))
+        return Reconstruction(images, steps[0][:, :, :h, :w], steps[-1][:, :, :h, :w])
 
     def layers(self) -> list[list[nn.Parameter]]:
         """The encoder's parameters from input to output."""
         return [list(layer.parameters()) for layer in self.encoder] + [[]]
 
     def summary(self) -> dict[str, str]:
-        """What a run prints of this model before its first step."""
+        """Lines that a run prints before its first step."""
         steps = 0 if self.refinement is None else self.refinement.steps
         return {
             "compression": f"{self.prior.mean.shape[0]} channels for {self.stride} x {self.stride} "

@@ -26,7 +26,7 @@ class ConvGRU(nn.Module):
     Initial values: xavier-uniform weights, zero biases.
 
     Args:
-        inputs: channels of what is read.
+        inputs: channels of the input.
         hidden: channels of the state.
         kernel: side of the convolution of the input, odd.
         stride: of that convolution; the state is smaller by it.
@@ -45,11 +45,11 @@ class ConvGRU(nn.Module):
         self, x: Float[Tensor, "b c h w"], state: Float[Tensor, "b d i j"] | None
     ) -> Float[Tensor, "b d i j"]:
         """The next state; None stands for zeros."""
-        given = self.of_input(x)
+        from_input = self.of_input(x)
         if state is None:
-            b, three, i, j = given.shape
-            state = given.new_zeros(b, three // 3, i, j)
-        reset, update, new = given.chunk(3, 1)
+            b, three, i, j = from_input.shape
+            state = from_input.new_zeros(b, three // 3, i, j)
+        reset, update, new = from_input.chunk(3, 1)
         reset_h, update_h, new_h = self.of_state(state).chunk(3, 1)
         z = (update + update_h).sigmoid()
         candidate = (new + (reset + reset_h).sigmoid() * new_h).tanh()
@@ -57,7 +57,7 @@ class ConvGRU(nn.Module):
 
 
 class Refinement(nn.Module):
-    """x_k = x_{k-1} + what the state of each patch says, for a fixed number of steps.
+    """x_k = x_{k-1} + a correction read off the state of each patch, for a fixed number of steps.
 
     Initial values: those of ConvGRU; the last layer zero, so that all steps begin at x_0.
 
@@ -92,7 +92,9 @@ class Refinement(nn.Module):
         self, first: Float[Tensor, "b c h w"], code: Float[Tensor, "b k i j"]
     ) -> list[Float[Tensor, "b c h w"]]:
         """The estimates of all steps, the best one last."""
-        estimates, state, x = [], None, first
+        estimates = []
+        state = None
+        x = first
         for _ in range(self.steps):
             patches = F.pixel_unshuffle(x, self.patch)  # (b, c p p, i, j)
             state = self.cell(self.read(torch.cat([patches, code], 1)).relu(), state)

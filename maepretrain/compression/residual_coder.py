@@ -40,7 +40,7 @@ States = list[Tensor | None]
 
 
 class Reconstruction(NamedTuple):
-    """What a picture shows: after one iteration, and after all; all (b, c, h, w)."""
+    """Rows of a picture: after one iteration, and after all; all (b, c, h, w)."""
 
     original: Float[Tensor, "b c h w"]
     first: Float[Tensor, "b c h w"]
@@ -48,8 +48,8 @@ class Reconstruction(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """A convolution and two recurrent layers, each of stride 2; what the bits are drawn from, in
-    -1..1, comes out."""
+    """A convolution and two recurrent layers, each of stride 2; it returns numbers in -1..1, from
+    which the bits are drawn."""
 
     def __init__(self, channels: int, width: int, bits: int) -> None:
         super().__init__()
@@ -122,7 +122,10 @@ class ResidualCoder(nn.Module):
             )
         sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.shape: tuple[int, ...] = (channels, *sides)
-        self.stride, self.bits, self.iterations, self.seed = 8, bits, iterations, seed
+        self.stride = 8
+        self.bits = bits
+        self.iterations = iterations
+        self.seed = seed
         self.encoder = Encoder(channels, width, bits)
         self.decoder = Decoder(channels, width, bits)
         initialise(self)
@@ -150,8 +153,8 @@ class ResidualCoder(nn.Module):
         nats = F.binary_cross_entropy_with_logits(odds, ones, reduction="sum")
         bpp = nats / torch.tensor(2.0).log().item() / (x.shape[0] * x.shape[2] * x.shape[3])
         mse = F.mse_loss(estimates[-1].detach(), x)
-        found = {"residual": residual.detach(), "bpp": bpp.detach(), "mse": mse}
-        return {"loss": residual + bpp} | found
+        parts = {"residual": residual.detach(), "bpp": bpp.detach(), "mse": mse}
+        return {"loss": residual + bpp} | parts
 
     def _iterate(
         self,
@@ -181,7 +184,7 @@ class ResidualCoder(nn.Module):
         return bits, estimates
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        """What the first iteration's bits are the signs of, as features.
+        """The numbers whose signs are the first iteration's bits, as features.
 
         Raises:
             ValueError: images of another shape than the model was made for.
@@ -200,7 +203,7 @@ class ResidualCoder(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, iterations: int) -> Float64[Tensor, "tk 2"]:
-        """Of each bit's 0 and 1; on the CPU."""
+        """Probabilities of each bit's 0 and 1; on the CPU."""
         odds = self.prior[:iterations].flatten().cpu().double()
         return torch.stack([(-odds).sigmoid(), odds.sigmoid()], 1)
 
@@ -219,10 +222,10 @@ class ResidualCoder(nn.Module):
         return estimates
 
     def reconstruct(self, images: Float[Tensor, "b c h w"]) -> Reconstruction:
-        """What is decoded from the bits of one iteration, and of all."""
+        """The images decoded from the bits of one iteration, and of all."""
         h, w = images.shape[2:]
-        found = self.steps(self.symbols(images, self.iterations))
-        return Reconstruction(images, found[0][:, :, :h, :w], found[-1][:, :, :h, :w])
+        steps = self.steps(self.symbols(images, self.iterations))
+        return Reconstruction(images, steps[0][:, :, :h, :w], steps[-1][:, :, :h, :w])
 
     def layers(self) -> list[list[nn.Parameter]]:
         """The encoder's parameters from input to output."""
@@ -230,7 +233,7 @@ class ResidualCoder(nn.Module):
         return [*(list(part.parameters()) for part in parts), []]
 
     def summary(self) -> dict[str, str]:
-        """What a run prints of this model before its first step."""
+        """Lines that a run prints before its first step."""
         return {
             "compression": f"up to {self.iterations} iterations of {self.bits} bits for "
             f"{self.stride} x {self.stride} pixels",

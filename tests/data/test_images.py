@@ -615,7 +615,8 @@ def test_arrays_are_writable_and_of_either_version():
     for version in ((1, 0), (2, 0)):
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # torch warns of memory that must not be written
-            decode_array(saved(np.zeros((2, 3), np.uint8), version)).add_(1)
+            array = decode_array(saved(np.zeros((2, 3), np.uint8), version)).add_(1)
+        assert array.tolist() == [[1, 1, 1], [1, 1, 1]]
 
 
 @pytest.mark.parametrize(

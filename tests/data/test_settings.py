@@ -86,7 +86,7 @@ def test_an_old_option_is_named_with_the_new_one(
         f"maepretrain: error: {dashes}data.{old} is now {dashes}data.{MOVED_OPTIONS[old]}\n"
         for dashes in ("", "--")
     }
-    common = ["-c", "mae/digits", "--run", tmp_path / "run", "--data.train", "a.tar"]
+    common = ["-c", "data/digits", "-c", "recipe/mae_digits", "--run", tmp_path / "run"]
     config = tmp_path / "old.yaml"
     config.write_text(yaml.safe_dump({"data": {old: "a"}}))
     for more in ([f"--data.{old}", "a"], [f"--data.{old}=a"], ["-c", config]):

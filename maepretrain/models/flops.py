@@ -47,7 +47,7 @@ class Flops(NamedTuple):
 
 
 def flops(model: nn.Module, batch: Batch) -> Flops:
-    """What training costs a sample. The model stays as it is: parameters, gradients, buffers.
+    """FLOPs of a sample in training. The model stays as it is: parameters, gradients, buffers.
 
     Args:
         model: `model(batch) -> {"loss": ...}`.

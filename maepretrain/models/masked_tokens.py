@@ -79,7 +79,9 @@ class MaskedTokens(nn.Module):
         super().__init__()
         if isinstance(image_size, int) or len(image_size) != 1:
             raise ValueError(f"image_size {image_size} must be [length]: tokens are a sequence")
-        self.length, self.mask_ratio, self.seed = image_size[0], mask_ratio, seed
+        self.length = image_size[0]
+        self.mask_ratio = mask_ratio
+        self.seed = seed
         self.mask_tokens_in_encoder = mask_tokens_in_encoder
         if not 0 < mask_ratio < 1 or self.length < 2:
             raise ValueError(
@@ -140,7 +142,7 @@ class MaskedTokens(nn.Module):
     def predict(
         self, images: Shaped[Tensor, "b c *size"], position: Int64[Tensor, "b"]
     ) -> Prediction:
-        """What is expected in the masked places of these positions of a run.
+        """Predict the masked places of the samples of these positions in the run.
 
         Raises:
             ValueError: no tokens, or a window of another length.
@@ -200,7 +202,7 @@ class MaskedTokens(nn.Module):
         return [first, *blocks, list(self.norm.parameters())]
 
     def summary(self) -> dict[str, str]:
-        """What a run prints of this model before its first step."""
+        """Lines that a run prints before its first step."""
         where = "encoder" if self.mask_tokens_in_encoder else "decoder"
         return {"masks": f"{self.masked} of {self.length} tokens; mask tokens in the {where}"}
 

@@ -43,7 +43,7 @@ ENTRY_POINTS = ("encode", "features", "reconstruct")
 
 @runtime_checkable
 class Model(Protocol):
-    """What pretraining asks of a model."""
+    """All that pretraining needs of a model."""
 
     def forward(self, batch: Batch) -> Batch:
         """`loss`, a scalar to minimise, and other scalars to log."""
@@ -61,7 +61,7 @@ class Encodes(Protocol):
 
 @runtime_checkable
 class Layered(Encodes, Protocol):
-    """An encoder whose layers can be told apart: it can be fine-tuned."""
+    """An encoder with layers, in order: it can be fine-tuned."""
 
     def layers(self) -> list[list[nn.Parameter]]:
         """The encoder's parameters from input to output: embedding, each block, final norm (an
@@ -225,7 +225,7 @@ def require(model: nn.Module, ability: type[Ability], refusal: str) -> Ability:
 
 
 def declared(model: nn.Module, name: str) -> Any:
-    """What the model declares under a name of DECLARATIONS, or the default."""
+    """The value that the model declares under a name of DECLARATIONS, or the default."""
     return getattr(model, name, DECLARATIONS[name])
 
 

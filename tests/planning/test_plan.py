@@ -22,7 +22,8 @@ from maepretrain.models.autoencoders.contractive import Contractive
 from maepretrain.models.autoencoders.denoising import Denoising
 from maepretrain.models.mae.model import MaskedAutoencoder
 from maepretrain.parsing.configs import config_words
-from maepretrain.planning.plan import BUCKET, STRATEGIES, Weights, in_bytes, planned, state
+from maepretrain.planning.memory import BUCKET, STRATEGIES, Weights, in_bytes, state
+from maepretrain.planning.plan import planned
 from maepretrain.strategies.sharded import require_shardable
 from maepretrain.training.optimizer import Optimization
 

@@ -3,7 +3,7 @@
 A discriminator tells codes of samples from draws of a prior, and the encoder learns to fool it
 beside reconstructing: the codes of all samples together (the aggregated posterior) become the
 prior, so that what is drawn from the prior decodes to something. With `classes`, the decoder is
-told the class and the code is left with the style (section 4.2, "Supervised adversarial
+given the class and the code is left with the style (section 4.2, "Supervised adversarial
 autoencoders"); the face-ageing CAAE (Zhang, Song and Qi 2017) is this conditional kin with ages for
 classes, a uniform prior and a second discriminator, of pictures.
 
@@ -34,7 +34,7 @@ from maepretrain.randomness import normal, uniform
 
 
 class ConditionalReconstruction(NamedTuple):
-    """What a picture shows of a model with classes; all (b, c, *size)."""
+    """Rows of a picture of a model with classes; all (b, c, *size)."""
 
     original: Float[Tensor, "b c *size"]
     reconstruction: Float[Tensor, "b c *size"]
@@ -78,13 +78,17 @@ class Adversarial(nn.Module):
                 f"weight {weight} must be at least 0 and the discriminator's widths "
                 f"{list(discriminator)} one or more, each at least 1"
             )
-        self.coder, self.prior, self.weight, self.seed = coder, prior, weight, seed
-        self.classes, self.width = classes, coder.width - classes
+        self.coder = coder
+        self.prior = prior
+        self.weight = weight
+        self.seed = seed
+        self.classes = classes
+        self.width = coder.width - classes
         self.discriminator = _mlp([self.width, *discriminator, 1])
 
     @property
     def needs_labels(self) -> bool:
-        """Whether `forward` reads `label`."""
+        """True if `forward` reads `label`."""
         return self.classes > 0
 
     def forward(self, batch: Batch) -> Batch:
@@ -118,7 +122,8 @@ class Adversarial(nn.Module):
         discriminator's -log D(drawn) - log(1 - D(code)) (Goodfellow et al. 2014, equation 1, with
         the other sign) and the encoder's -log D(code) (their section 3: it does not fade where the
         discriminator wins). And the share of codes with D > 1/2."""
-        real, fake = self.discriminator(drawn), self.discriminator(code.detach())
+        real = self.discriminator(drawn)
+        fake = self.discriminator(code.detach())
         constants = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         seen = functional_call(self.discriminator, constants, (code,))
         discriminator = (F.softplus(-real) + F.softplus(fake)).mean()
@@ -142,7 +147,7 @@ class Adversarial(nn.Module):
     def _with_class(
         self, code: Float[Tensor, "b d"], label: Int64[Tensor, "b"] | None
     ) -> Float[Tensor, "b e"]:
-        """What the decoder reads: the code, and the class one-hot.
+        """The decoder's input: the code, and the class one-hot.
 
         Raises:
             ValueError: a class that is missing or out of range.
@@ -150,8 +155,8 @@ class Adversarial(nn.Module):
         if not self.classes:
             return code
         if label is None or int(label.min()) < 0 or int(label.max()) >= self.classes:
-            given = "none" if label is None else f"{int(label.min())}..{int(label.max())}"
-            raise ValueError(f"labels must be in 0..{self.classes - 1}, given are {given}")
+            found = "none" if label is None else f"{int(label.min())}..{int(label.max())}"
+            raise ValueError(f"labels must be in 0..{self.classes - 1}, found are {found}")
         return torch.cat([code, F.one_hot(label, self.classes).to(code.dtype)], 1)
 
     def encode(self, images: Float[Tensor, "b c *size"]) -> Float[Tensor, "b d"]:
@@ -183,7 +188,7 @@ class Adversarial(nn.Module):
     def reconstruct(
         self, images: Float[Tensor, "b c *size"]
     ) -> Reconstruction | ConditionalReconstruction:
-        """What is decoded from the code; with classes, under the best class and the one after."""
+        """The input decoded from its code; with classes, under the best class and the one after."""
         code = self.encode(images)
         if not self.classes:
             return Reconstruction(images, self.coder.mean(code))
@@ -199,12 +204,12 @@ class Adversarial(nn.Module):
         return self.coder.layers()
 
     def summary(self) -> dict[str, str]:
-        """What a run prints of this model before its first step."""
+        """Lines that a run prints before its first step."""
         numbers = sum(p.numel() for p in self.discriminator.parameters())
-        told = f", decoder told one of {self.classes} classes" if self.classes else ""
+        classes = f", decoder given one of {self.classes} classes" if self.classes else ""
         return self.coder.summary() | {
             "adversary": f"{self.prior} prior of {self.width}, weight {self.weight:g}, "
-            f"{numbers:,} parameters{told}"
+            f"{numbers:,} parameters{classes}"
         }
 
 

@@ -16,7 +16,7 @@ from maepretrain.models.autoencoders.coders import Coder
 
 
 class Reconstruction(NamedTuple):
-    """What a picture shows, in the (normalised) values of the input; all (b, c, *size)."""
+    """Rows of a picture, in the (normalised) values of the input; all (b, c, *size)."""
 
     original: Float[Tensor, "b c *size"]
     reconstruction: Float[Tensor, "b c *size"]
@@ -53,7 +53,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
-        """What is decoded from the code."""
+        """The original, and the input decoded from its code."""
         return Reconstruction(images, self.coder.mean(self.coder.encode(images)))
 
     def layers(self) -> list[list[nn.Parameter]]:
@@ -61,5 +61,5 @@ class Autoencoder(nn.Module):
         return self.coder.layers()
 
     def summary(self) -> dict[str, str]:
-        """What a run prints of this model before its first step."""
+        """Lines that a run prints before its first step."""
         return self.coder.summary()

@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class Coder(nn.Module):
-    """What every coder offers. An abstract type: configs name Dense or Convolutional.
+    """The interface of coders. An abstract type: configs name Dense or Convolutional.
 
     Args:
         image_size: side of the square images, [height, width], or [length] of signals.
@@ -71,7 +71,7 @@ class Coder(nn.Module):
         return math.prod(self.shape)
 
     def hidden(self, x: Float[Tensor, "b c *size"]) -> Float[Tensor, "b e"]:
-        """What the encoder's last layer reads."""
+        """The input of the encoder's last layer."""
         raise NotImplementedError
 
     def code(self, hidden: Float[Tensor, "b e"]) -> Float[Tensor, "b d"]:
@@ -111,7 +111,7 @@ class Coder(nn.Module):
         return self.likelihood.mean(self.decode(code)).unflatten(1, self.shape)
 
     def summary(self) -> dict[str, str]:
-        """What a run prints before its first step."""
+        """Lines that a run prints before its first step."""
         encoder = sum(p.numel() for layer in self.layers() for p in layer)
         everything = sum(p.numel() for p in self.parameters())
         return {
@@ -156,7 +156,9 @@ class Dense(Coder):
         if tied and likelihood == "categorical":
             raise ValueError("tied weights give one number for each value: take another likelihood")
         sizes = [self.values, *widths]
-        self.width, self.hidden_width, self.tied = sizes[-1], sizes[-2], tied
+        self.width = sizes[-1]
+        self.hidden_width = sizes[-2]
+        self.tied = tied
         self.encoder = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
         self.activation = ACTIVATIONS[activation]()
         self.code_activation = ACTIVATIONS[code_activation or activation]()

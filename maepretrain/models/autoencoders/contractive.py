@@ -58,8 +58,11 @@ class Contractive(nn.Module):
             raise ValueError(f"weight {weight} must not be negative")
         if probes < 1:
             raise ValueError(f"probes {probes} must be at least 1")
-        self.coder, self.weight = coder, weight
-        self.jacobian, self.probes, self.seed = jacobian, probes, seed
+        self.coder = coder
+        self.weight = weight
+        self.jacobian = jacobian
+        self.probes = probes
+        self.seed = seed
         if jacobian == "closed":
             self._one_layer()
 
@@ -74,7 +77,8 @@ class Contractive(nn.Module):
         """
         x = batch["input"]
         code, norms = self._code_and_norms(x, batch["position"])
-        error, contraction = self.coder.error(code, x), norms.mean()
+        error = self.coder.error(code, x)
+        contraction = norms.mean()
         return {
             "loss": error + self.weight * contraction,
             "error": error,
@@ -159,7 +163,7 @@ class Contractive(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
-        """What is decoded from the code."""
+        """The original, and the input decoded from its code."""
         return Reconstruction(images, self.coder.mean(self.coder.encode(images)))
 
     def layers(self) -> list[list[nn.Parameter]]:
@@ -167,7 +171,7 @@ class Contractive(nn.Module):
         return self.coder.layers()
 
     def summary(self) -> dict[str, str]:
-        """What a run prints of this model before its first step."""
+        """Lines that a run prints before its first step."""
         probes = f", {self.probes} probes" if self.jacobian == "hutchinson" else ""
         how = f"weight {self.weight:g}, {self.jacobian} norm of the Jacobian{probes}"
         return {"contraction": how} | self.coder.summary()

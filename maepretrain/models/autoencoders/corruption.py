@@ -1,4 +1,4 @@
-"""What denoising autoencoders are given in place of their input (Vincent et al. 2008 and 2010).
+"""Corruptions of the input of denoising autoencoders (Vincent et al. 2008 and 2010).
 
 Noise of the values: masking, Gaussian, salt-and-pepper (Vincent et al. 2010, section 3.4). For
 images also: pixels that exchange places, affine maps, and changes of colour.
@@ -48,7 +48,11 @@ class Corruption:
         if amount < 0 or (amount > 1 and kind not in ("gaussian", "colour")):
             limit = "not negative" if kind in ("gaussian", "colour") else "in 0..1"
             raise ValueError(f"amount {amount} of {kind} must be {limit}")
-        self.kind, self.amount, self.low, self.high, self.seed = kind, amount, low, high, seed
+        self.kind = kind
+        self.amount = amount
+        self.low = low
+        self.high = high
+        self.seed = seed
 
     def __call__(
         self, x: Float[Tensor, "b c *size"], position: Int64[Tensor, "b"]
@@ -126,7 +130,8 @@ def affine(
     """Images turned counter-clockwise about their centre by `angle` radians, enlarged by `scale`,
     then shifted right and down by `shift` half sides; bilinear, the edge goes on outside."""
     h, w = x.shape[2:]
-    cos, sin = angle.cos() / scale, angle.sin() / scale
+    cos = angle.cos() / scale
+    sin = angle.sin() / scale
     # affine_grid maps places of the result to places of the source, in half sides.
     to_source = torch.stack([cos, -sin * h / w, sin * w / h, cos], 1).view(-1, 2, 2)
     origin = -to_source @ shift[..., None]

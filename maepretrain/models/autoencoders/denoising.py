@@ -15,8 +15,8 @@ from maepretrain.models.autoencoders.coders import Coder
 from maepretrain.models.autoencoders.corruption import Corruption, Kind
 
 
-class Reconstruction(NamedTuple):
-    """What a picture shows, in the (normalised) values of the input; all (b, c, *size)."""
+class DenoisedReconstruction(NamedTuple):
+    """Rows of a picture, in the (normalised) values of the input; all (b, c, *size)."""
 
     original: Float[Tensor, "b c *size"]
     corrupted: Float[Tensor, "b c *size"]
@@ -40,7 +40,7 @@ class Denoising(nn.Module):
         ValueError: an amount that the corruption does not take.
     """
 
-    # Runs on a divided memory too (ZeRO, FSDP2).
+    # Tested on a divided memory (ZeRO, FSDP2).
     shardable = True
 
     def __init__(
@@ -95,18 +95,20 @@ class Denoising(nn.Module):
         return self.coder.mean(self.coder.encode(corrupted))
 
     @torch.no_grad()
-    def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
+    def reconstruct(self, images: Float[Tensor, "b c *size"]) -> DenoisedReconstruction:
         """Original, corrupted as at positions 0, 1, ..., repaired, and decoded from the code of the
         clean original."""
         corrupted = self.corrupt(images, torch.arange(len(images), device=images.device))
-        return Reconstruction(images, corrupted, self.denoise(corrupted), self.denoise(images))
+        return DenoisedReconstruction(
+            images, corrupted, self.denoise(corrupted), self.denoise(images)
+        )
 
     def layers(self) -> list[list[nn.Parameter]]:
         """The encoder's parameters from input to output."""
         return self.coder.layers()
 
     def summary(self) -> dict[str, str]:
-        """What a run prints of this model before its first step."""
+        """Lines that a run prints before its first step."""
         return {"corruption": f"{self.corrupt.kind}, {self.corrupt.amount:g}"} | (
             self.coder.summary()
         )

@@ -29,8 +29,8 @@ from maepretrain.randomness import normal, uniform
 PICTURED = 50
 
 
-class Reconstruction(NamedTuple):
-    """What a picture shows, in the (normalised) values of the input; all (b, c, *size)."""
+class ChainReconstruction(NamedTuple):
+    """Rows of a picture, in the (normalised) values of the input; all (b, c, *size)."""
 
     original: Float[Tensor, "b c *size"]
     corrupted: Float[Tensor, "b c *size"]
@@ -76,7 +76,10 @@ class GenerativeStochastic(nn.Module):
             raise ValueError(f"code_noise {code_noise} must not be negative")
         if coder.likelihood.kind == "categorical":
             raise ValueError("the chain takes a bernoulli or gaussian decoder, not a categorical")
-        self.coder, self.steps, self.code_noise, self.seed = coder, steps, code_noise, seed
+        self.coder = coder
+        self.steps = steps
+        self.code_noise = code_noise
+        self.seed = seed
         self.corruption: tuple[Kind, float, float, float] = (corruption, amount, low, high)
         self.draw = draw
 
@@ -89,8 +92,10 @@ class GenerativeStochastic(nn.Module):
         Returns:
             `loss`; `first_step` and `last_step`, the errors there.
         """
-        x, position = batch["input"], batch["position"]
-        walked, errors = x, []
+        x = batch["input"]
+        position = batch["position"]
+        walked = x
+        errors = []
         for step in range(self.steps):
             code = self._noisy_code(walked, position, step, self.seed)
             errors.append(self.coder.error(code, x))
@@ -127,8 +132,10 @@ class GenerativeStochastic(nn.Module):
     def chain(
         self, start: Float[Tensor, "b c *size"], steps: int, seed: int = 0
     ) -> Float[Tensor, "s b c *size"]:
-        """What the decoder expects at each step of chains from `start`, which runs one for each."""
-        position, means, x = torch.arange(len(start), device=start.device), [], start
+        """The decoder's mean at each step of chains, one from each sample of `start`."""
+        position = torch.arange(len(start), device=start.device)
+        means = []
+        x = start
         for step in range(steps):
             means.append(self.coder.mean(self._noisy_code(x, position, step, seed)))
             x = self._next(means[-1], position, step, seed)
@@ -150,7 +157,7 @@ class GenerativeStochastic(nn.Module):
         return self.coder.mean(code)
 
     @torch.no_grad()
-    def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
+    def reconstruct(self, images: Float[Tensor, "b c *size"]) -> ChainReconstruction:
         """One step of the chain from the images, what is decoded from their codes without noise,
         and samples of chains from noise."""
         position = torch.arange(len(images), device=images.device)
@@ -158,14 +165,14 @@ class GenerativeStochastic(nn.Module):
         stepped = self.chain(images, 1, self.seed)[0]
         decoded = self.coder.mean(self.encode(images))
         samples = self.sample(len(images), PICTURED, self.seed)
-        return Reconstruction(images, corrupted, stepped, decoded, samples)
+        return ChainReconstruction(images, corrupted, stepped, decoded, samples)
 
     def layers(self) -> list[list[nn.Parameter]]:
         """The encoder's parameters from input to output."""
         return self.coder.layers()
 
     def summary(self) -> dict[str, str]:
-        """What a run prints of this model before its first step."""
+        """Lines that a run prints before its first step."""
         kind, amount, *_ = self.corruption
         walk = f"{self.steps} steps, {kind} {amount:g}, noise of the code {self.code_noise:g}"
         return {"walkback": walk, **self.coder.summary()}

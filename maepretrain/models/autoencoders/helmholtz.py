@@ -54,7 +54,9 @@ class Helmholtz(nn.Module):
         if not widths or min(widths) < 1:
             raise ValueError(f"widths {list(widths)} must be one layer or more, each at least 1")
         sides = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.shape, self.widths, self.seed = (channels, *sides), tuple(widths), seed
+        self.shape = (channels, *sides)
+        self.widths = tuple(widths)
+        self.seed = seed
         sizes = [math.prod(self.shape), *widths]
         self.recognition = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
         self.generation = nn.ModuleList(nn.Linear(o, i) for i, o in pairwise(sizes))
@@ -99,7 +101,8 @@ class Helmholtz(nn.Module):
         if x.shape[1:] != self.shape:
             raise ValueError(f"inputs are {tuple(x.shape[1:])}, the model takes {self.shape}")
         # NOTE on a GPU this waits for the device.
-        low, high = float(x.min()), float(x.max())
+        low = float(x.min())
+        high = float(x.max())
         if low < 0 or high > 1:
             raise ValueError(
                 f"a Helmholtz machine needs values in 0..1, not {low:.3g}..{high:.3g}: "
@@ -201,7 +204,7 @@ class Helmholtz(nn.Module):
         return [*(list(layer.parameters()) for layer in self.recognition), []]
 
     def summary(self) -> dict[str, str]:
-        """What a run prints of this model before its first step."""
+        """Lines that a run prints before its first step."""
         up = sum(p.numel() for p in self.recognition.parameters())
         down = sum(p.numel() for p in self.generation.parameters()) + self.top.numel()
         return {

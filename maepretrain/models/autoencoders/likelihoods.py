@@ -33,7 +33,8 @@ class Likelihood(nn.Module):
         super().__init__()
         if levels < 2:
             raise ValueError(f"a categorical decoder needs two levels or more, not {levels}")
-        self.kind, self.levels = kind, levels
+        self.kind = kind
+        self.levels = levels
 
     @property
     def parameters_per_value(self) -> int:
@@ -60,7 +61,7 @@ class Likelihood(nn.Module):
     def error(
         self, parameters: Float[Tensor, "b v q"], x: Float[Tensor, "b v"]
     ) -> Float[Tensor, "b"]:
-        """What plain autoencoders minimise, of each sample: the mean squared error (2 / v times the
+        """The loss of plain autoencoders, of each sample: the mean squared error (2 / v times the
         nll, less a constant), or the mean cross-entropy of a value in nats.
 
         Raises:
@@ -85,7 +86,8 @@ class Likelihood(nn.Module):
 
 def _check_unit(x: Tensor, kind: str) -> None:
     # NOTE on a GPU this waits for the device; these are models of small images.
-    low, high = float(x.min()), float(x.max())
+    low = float(x.min())
+    high = float(x.max())
     if not 0 <= low <= high <= 1:  # NaN is none of them either
         raise ValueError(
             f"a {kind} decoder needs values in 0..1, not {low:.3g}..{high:.3g}: "

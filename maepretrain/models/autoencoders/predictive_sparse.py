@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from maepretrain.data.batch import Batch
 
 
-class Reconstruction(NamedTuple):
-    """What a picture shows, in the (normalised) values of the input; all (b, c, *size)."""
+class DictionaryReconstruction(NamedTuple):
+    """Rows of a picture, in the (normalised) values of the input; all (b, c, *size)."""
 
     original: Float[Tensor, "b c *size"]
     inferred: Float[Tensor, "b c *size"]
@@ -69,7 +69,9 @@ class PredictiveSparse(nn.Module):
             raise ValueError(f"penalty {penalty} and proximity {proximity} must be positive")
         sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.shape = (channels, *sides)
-        self.penalty, self.proximity, self.steps = penalty, proximity, steps
+        self.penalty = penalty
+        self.proximity = proximity
+        self.steps = steps
         self.columns = nn.Parameter(F.normalize(torch.randn(math.prod(self.shape), width), dim=0))
         self.predictor = nn.Linear(math.prod(self.shape), width)
         with torch.no_grad():
@@ -93,7 +95,8 @@ class PredictiveSparse(nn.Module):
             from the inferred code; `active`, the share of the code that is not 0; `prediction`, the
             squared distance of prediction and code over the code's square.
         """
-        x, dictionary = batch["input"].flatten(1), self.dictionary
+        x = batch["input"].flatten(1)
+        dictionary = self.dictionary
         predicted = self.encode(batch["input"])
         z = self._infer(x, dictionary.detach(), predicted.detach())
         residual = x - z @ dictionary.T
@@ -135,18 +138,18 @@ class PredictiveSparse(nn.Module):
         return (code @ self.dictionary.T).unflatten(1, self.shape)
 
     @torch.no_grad()
-    def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
-        """What is decoded from the inferred code, and from the predicted one, which `encode`
+    def reconstruct(self, images: Float[Tensor, "b c *size"]) -> DictionaryReconstruction:
+        """Inputs decoded from the inferred code, and from the predicted one, which `encode`
         gives."""
         codes = self.infer(images), self.encode(images)
-        return Reconstruction(images, *map(self.decode, codes))
+        return DictionaryReconstruction(images, *map(self.decode, codes))
 
     def layers(self) -> list[list[nn.Parameter]]:
         """The predictor's parameters."""
         return [[*self.predictor.parameters(), self.gain], []]
 
     def summary(self) -> dict[str, str]:
-        """What a run prints of this model before its first step."""
+        """Lines that a run prints before its first step."""
         v, d = self.columns.shape
         return {
             "dictionary": f"{d:,} columns of {v:,} values, penalty {self.penalty:g}, "
@@ -176,7 +179,9 @@ def fista(
     linear = x @ dictionary + proximity * start
     # The largest curvature: a step of 1 / L never goes up.
     curvature = torch.linalg.eigvalsh(gram)[-1]
-    z, y, t = start, start, 1.0
+    z = start
+    y = start
+    t = 1.0
     for _ in range(steps):
         following = _shrink(y - (y @ gram - linear) / curvature, penalty / curvature)
         t, before = (1 + math.sqrt(1 + 4 * t * t)) / 2, t

@@ -72,7 +72,8 @@ class Recirculation(nn.Module):
 
         the paper's two rules; biases belong to units that are always 1. Mean over samples.
         """
-        visible0, share = x.flatten(1), 1 - self.regression
+        visible0 = x.flatten(1)
+        share = 1 - self.regression
         with torch.no_grad():
             hidden1 = self.coder.encode(x)
             reconstruction = self.coder.mean(hidden1).flatten(1)
@@ -92,7 +93,7 @@ class Recirculation(nn.Module):
         return self.coder.mean(code)
 
     def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
-        """What the hidden units give back, not mixed."""
+        """The visible units that the hidden ones compute, not mixed."""
         return Reconstruction(images, self.coder.mean(self.coder.encode(images)))
 
     def layers(self) -> list[list[nn.Parameter]]:
@@ -100,7 +101,7 @@ class Recirculation(nn.Module):
         return self.coder.layers()
 
     def summary(self) -> dict[str, str]:
-        """What a run prints of this model before its first step."""
+        """Lines that a run prints before its first step."""
         return self.coder.summary() | {
             "recirculation": f"local updates, regression {self.regression:g}"
         }
@@ -125,6 +126,7 @@ def _the_loop(coder: Coder) -> tuple[nn.Linear, nn.Linear]:
             f"or bernoulli, not {coder.summary()['coder']}"
         )
     assert isinstance(coder, Dense)
-    hidden, visible = coder.encoder[0], coder.decoder[0]
+    hidden = coder.encoder[0]
+    visible = coder.decoder[0]
     assert isinstance(hidden, nn.Linear) and isinstance(visible, nn.Linear)
     return hidden, visible

@@ -23,7 +23,7 @@ from maepretrain.randomness import normal
 
 
 class HashReconstruction(NamedTuple):
-    """What a picture shows; all (b, c, *size)."""
+    """Rows of a picture; all (b, c, *size)."""
 
     original: Float[Tensor, "b c *size"]
     reconstruction: Float[Tensor, "b c *size"]
@@ -52,7 +52,9 @@ class SemanticHashing(nn.Module):
             )
         if noise < 0:
             raise ValueError(f"noise {noise} must be at least 0")
-        self.coder, self.noise, self.seed = coder, noise, seed
+        self.coder = coder
+        self.noise = noise
+        self.seed = seed
 
     def forward(self, batch: Batch) -> Batch:
         """The error of what is decoded from noisy codes; in evaluation, from bits.
@@ -92,7 +94,7 @@ class SemanticHashing(nn.Module):
         return self.coder.encode(images) > 0
 
     def reconstruct(self, images: Float[Tensor, "b c *size"]) -> HashReconstruction:
-        """What is decoded from the probabilities and from the bits."""
+        """Inputs decoded from the probabilities and from the bits."""
         p = self.encode(images)
         bits = (p > 0.5).to(p.dtype)
         return HashReconstruction(images, self.coder.mean(p), self.coder.mean(bits))
@@ -102,7 +104,7 @@ class SemanticHashing(nn.Module):
         return self.coder.layers()
 
     def summary(self) -> dict[str, str]:
-        """What a run prints of this model before its first step."""
+        """Lines that a run prints before its first step."""
         return self.coder.summary() | {
             "hashing": f"{self.coder.width} bits, noise {self.noise:g} before the sigmoids"
         }
@@ -110,7 +112,8 @@ class SemanticHashing(nn.Module):
 
 def hamming(query: Bool[Tensor, "q d"], bank: Bool[Tensor, "n d"]) -> Int64[Tensor, "q n"]:
     """How many bits differ between each query and each sample of the bank."""
-    a, b = query.float(), bank.float()
+    a = query.float()
+    b = bank.float()
     # Bits that are 1 on one side only; float32 counts exactly up to 2^24.
     return (a.sum(1)[:, None] + b.sum(1) - 2 * a @ b.T).long()
 
@@ -126,7 +129,8 @@ def nearest_codes(
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"retrieval of k {k} needs 1 <= k <= {len(bank)}, the bank's samples")
-    distances, numbers = [], []
+    distances = []
+    numbers = []
     for part in query.split(chunk):
         ranked = hamming(part, bank).sort(dim=1, stable=True)
         distances.append(ranked.values[:, :k])

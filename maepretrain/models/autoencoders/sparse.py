@@ -61,8 +61,11 @@ class Sparse(nn.Module):
             raise ValueError("penalty kl needs a code in 0..1: set code_activation to sigmoid")
         if penalty == "k" and not 1 <= active <= coder.width:
             raise ValueError(f"active {active} must be 1 to {coder.width}, the width of the code")
-        self.coder, self.penalty, self.weight = coder, penalty, weight
-        self.target, self.active = target, active
+        self.coder = coder
+        self.penalty = penalty
+        self.weight = weight
+        self.target = target
+        self.active = active
 
     def forward(self, batch: Batch) -> Batch:
         """The loss: error plus penalty.
@@ -102,7 +105,7 @@ class Sparse(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
-        """What is decoded from the code."""
+        """The original, and the input decoded from its code."""
         return Reconstruction(images, self.coder.mean(self.encode(images)))
 
     def layers(self) -> list[list[nn.Parameter]]:
@@ -110,7 +113,7 @@ class Sparse(nn.Module):
         return self.coder.layers()
 
     def summary(self) -> dict[str, str]:
-        """What a run prints of this model before its first step."""
+        """Lines that a run prints before its first step."""
         how = {
             "l1": f"l1, weight {self.weight:g}",
             "kl": f"kl to a mean activity of {self.target:g}, weight {self.weight:g}",

@@ -27,8 +27,8 @@ from maepretrain.models.autoencoders.likelihoods import Kind
 from maepretrain.models.autoencoders.sparse import Sparse
 
 
-class Reconstruction(NamedTuple):
-    """What a picture shows, in the (normalised) values of the input; all (b, c, *size)."""
+class StackedReconstruction(NamedTuple):
+    """Rows of a picture, in the (normalised) values of the input; all (b, c, *size)."""
 
     original: Float[Tensor, "b c *size"]
     first_layer: Float[Tensor, "b c *size"]
@@ -99,7 +99,8 @@ class Stacked(nn.Module):
         Returns:
             `loss`; `layer_1`, `layer_2`, ..., the loss of each layer, 0 while it is not trained.
         """
-        x, losses = batch["input"], []
+        x = batch["input"]
+        losses = []
         for number, layer in enumerate(self.stack):
             mine = self._trains(number, batch["position"])
             losses.append(_share_of_loss(layer, x, batch["position"], mine))
@@ -134,19 +135,19 @@ class Stacked(nn.Module):
         return codes
 
     @torch.no_grad()
-    def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
-        """What is decoded from the code of the first layer, and through all layers from the
+    def reconstruct(self, images: Float[Tensor, "b c *size"]) -> StackedReconstruction:
+        """Inputs decoded from the code of the first layer, and through all layers from the
         last."""
         codes = self._codes(images)
         first = cast(Any, self.stack[0]).coder.mean(codes[0])
-        return Reconstruction(images, first, self.decode(codes[-1]))
+        return StackedReconstruction(images, first, self.decode(codes[-1]))
 
     def layers(self) -> list[list[nn.Parameter]]:
         """The encoders' parameters from input to output."""
         return [*(group for layer in self.stack for group in cast(Any, layer).layers()[:-1]), []]
 
     def summary(self) -> dict[str, str]:
-        """What a run prints of this model before its first step."""
+        """Lines that a run prints before its first step."""
         layers = {
             f"layer {number}": cast(Any, layer).summary()["coder"]
             for number, layer in enumerate(self.stack, 1)

@@ -22,8 +22,8 @@ from maepretrain.models.autoencoders.coders import Coder
 from maepretrain.randomness import normal
 
 
-class Reconstruction(NamedTuple):
-    """What a picture shows, in the (normalised) values of the input; all (b, c, *size)."""
+class VariationalReconstruction(NamedTuple):
+    """Rows of a picture, in the (normalised) values of the input; all (b, c, *size)."""
 
     original: Float[Tensor, "b c *size"]
     reconstruction: Float[Tensor, "b c *size"]
@@ -65,7 +65,10 @@ class Variational(nn.Module):
             raise ValueError(f"beta {beta} must be at least 0, and 1 if importance_weighted")
         if not isinstance(coder.code_activation, nn.Identity):
             raise ValueError("the code is a mean of any sign: set the coder's code_activation none")
-        self.coder, self.beta, self.draws, self.seed = coder, beta, draws, seed
+        self.coder = coder
+        self.beta = beta
+        self.draws = draws
+        self.seed = seed
         self.importance_weighted = importance_weighted
         self.log_variance = nn.Linear(coder.hidden_width, coder.width)
         nn.init.zeros_(self.log_variance.weight)
@@ -119,7 +122,7 @@ class Variational(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, seed: int = 0) -> Float[Tensor, "n c *size"]:
-        """What p(x|z) expects for n draws of z from the prior."""
+        """The mean of p(x|z) for n draws of z from the prior."""
         z = normal(seed, "prior", torch.arange(n), self.coder.width)
         return self.coder.mean(z.to(self.log_variance.weight.device))
 
@@ -132,17 +135,17 @@ class Variational(nn.Module):
         return self.coder.mean(code)
 
     @torch.no_grad()
-    def reconstruct(self, images: Float[Tensor, "b c *size"]) -> Reconstruction:
-        """What is decoded from the mean codes, and as many samples of the model."""
+    def reconstruct(self, images: Float[Tensor, "b c *size"]) -> VariationalReconstruction:
+        """Inputs decoded from the mean codes, and as many samples of the model."""
         mean = self.coder.mean(self.coder.encode(images))
-        return Reconstruction(images, mean, self.sample(len(images), self.seed))
+        return VariationalReconstruction(images, mean, self.sample(len(images), self.seed))
 
     def layers(self) -> list[list[nn.Parameter]]:
         """The encoder's parameters from input to output; `encode` does not use the log-variance."""
         return self.coder.layers()
 
     def summary(self) -> dict[str, str]:
-        """What a run prints of this model before its first step."""
+        """Lines that a run prints before its first step."""
         kind = "importance-weighted bound" if self.importance_weighted else "bound"
         return {
             "objective": f"{kind}, beta {self.beta:g}, {self.draws} draws of z",

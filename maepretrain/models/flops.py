@@ -59,7 +59,13 @@ def flops(model: nn.Module, batch: Batch) -> Flops:
     try:
         return _of_copy(imitate(model, "meta"), shapes)
     except RuntimeError:  # its forward looks at values: such models are small
-        return _of_copy(copy.deepcopy(model), {name: x[:2] for name, x in batch.items()})
+        few = {name: _with_values(tensor[:2]) for name, tensor in batch.items()}
+        return _of_copy(copy.deepcopy(model), few)
+
+
+def _with_values(tensor: Tensor) -> Tensor:
+    """Zeros, which every likelihood takes, where a tensor has only a shape."""
+    return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
 
 
 def _of_copy(model: nn.Module, batch: Batch) -> Flops:

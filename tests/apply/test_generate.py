@@ -12,6 +12,7 @@ from PIL import Image
 from maepretrain.apply.generate import interpolate, sample, traverse
 from maepretrain.apply.inputs import parse_application
 from maepretrain.checkpoints.encoders import load_encoder
+from maepretrain.parsing.moved_configs import MOVED_CONFIGS
 from maepretrain.plots.images import tiles
 from maepretrain.workflows.quickstart import digits
 
@@ -44,7 +45,7 @@ GENERATIVE = ["variational", "adversarial", "generative_stochastic", "helmholtz"
 def test_the_picture_holds_the_models_samples(
     name: str, applied: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run, out = applied(f"ae/{name}"), tmp_path / "out.png"
+    run, out = applied(MOVED_CONFIGS[f"ae/{name}"]), tmp_path / "out.png"
     drawn = call(sample, "--encoder", run, "--out", out, "--n", 20, "--seed", 3)
     theirs = loaded(run).sample(20, seed=3).clamp(0, 1).detach()
     torch.testing.assert_close(drawn, theirs, atol=1e-6, rtol=0)
@@ -95,7 +96,7 @@ def test_tiles_of_many_channels_and_of_large_images(tmp_path: Path) -> None:
 def test_a_way_goes_between_reconstructions(
     name: str, applied: Callable[..., Path], tmp_path: Path, files: list[Path]
 ) -> None:
-    run, out = applied(f"ae/{name}"), tmp_path / "out.png"
+    run, out = applied(MOVED_CONFIGS[f"ae/{name}"]), tmp_path / "out.png"
     words = ["--encoder", run, "--out", out, "--images", *files, "--steps", 5]
     along, blended = call(interpolate, *words)
     ends = torch.from_numpy(digits()[1].images[:2])[:, None] / 255

@@ -172,7 +172,7 @@ def test_a_round_trip_keeps_every_bit() -> None:
     weights, model = filled(TINY), tiny(decoder_depth=1)
     assert load_official(model, weights) == "encoder and decoder"
     assert equal(official_weights(model), weights)
-    copy = tiny(seed=1, decoder_depth=1)
+    copy = tiny(weights=1, decoder_depth=1)
     load_official(copy, official_weights(model))
     assert equal(copy.state_dict(), model.state_dict())
     images = torch.randn(2, 3, 32, 32)
@@ -288,7 +288,7 @@ def test_a_checkpoint_of_lightning_gives_the_model(tmp_path: Path) -> None:
     trainer.fit(training, DataLoader(images, batch_size=2))
     weights = read_weights(tmp_path / "last.ckpt")
     assert equal(weights, training.model.state_dict())
-    tiny(seed=1, decoder_depth=1).load_state_dict(weights)
+    tiny(weights=1, decoder_depth=1).load_state_dict(weights)
 
 
 @pytest.mark.parametrize("prefix", ["model.", "_forward_module.model."])

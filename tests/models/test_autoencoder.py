@@ -79,7 +79,7 @@ def test_every_kind_reconstructs_held_out_digits(name: str) -> None:
     model = Autoencoder(copy.deepcopy(CODERS[name]))
     train, test = digit_images()
     mean_image = float((test - train.mean(0)).square().mean())
-    losses = fit(model, train, 120, 1e-2)
+    losses = fit(model, train, 160, 1e-2)
     assert losses[-1] < losses[0]
     assert error(model, test) < 0.45 * mean_image
     assert model.encode(test).shape == (360, 24)

@@ -31,18 +31,23 @@ GRAY_SIZES = {
 }
 
 
-def tiny(seed: int = 0, **changes: Any) -> MaskedAutoencoder:
-    """A small model whose weights are all moved from their initial values, which hide mistakes."""
-    return _moved(seed, SIZES | changes)
+def tiny(weights: int = 0, **changes: Any) -> MaskedAutoencoder:
+    """A small model whose weights are all moved from their initial values, which hide mistakes.
+
+    Args:
+        weights: seed of the weights.
+        changes: other arguments of the model; its `seed` is that of the masks.
+    """
+    return _moved(weights, SIZES | changes)
 
 
-def tiny_gray(seed: int = 0, **changes: Any) -> MaskedAutoencoder:
+def tiny_gray(weights: int = 0, **changes: Any) -> MaskedAutoencoder:
     """The same for pictures of 16 x 16 in one channel, in evaluation mode."""
-    return _moved(seed, GRAY_SIZES | changes).eval()
+    return _moved(weights, GRAY_SIZES | changes).eval()
 
 
-def _moved(seed: int, arguments: dict[str, Any]) -> MaskedAutoencoder:
-    torch.manual_seed(seed)
+def _moved(weights: int, arguments: dict[str, Any]) -> MaskedAutoencoder:
+    torch.manual_seed(weights)
     model = MaskedAutoencoder(**arguments)
     with torch.no_grad():
         for parameter in model.parameters():

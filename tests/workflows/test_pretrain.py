@@ -140,7 +140,7 @@ def test_what_is_applied_is_printed(
         (["--data.global_batch", 151], "global batch 151 is larger than the 150 samples"),
         (["--optim.base_lr", "fast"], "optim.base_lr"),
         (["--model.mask_ration", 0.5], "mask_ration"),
-        (["--model.masking.ratio", 1.0], "leaves 0 of 16 patches visible"),
+        (["--model.mask_ratio", 1.0], "leaves 0 of 16 patches visible"),
         (["-c", "mae/digit"], "no config file mae/digit"),
         (["--model.encoder", "resnet18"], "resnet18"),
         (["--trainer.max_epochs", "null"], "set trainer.max_epochs or max_steps"),

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maepretrain.data.batch import Batch
 from maepretrain.models.protocol import as_taken, declared
+from maepretrain.torch_internals import DataDependentOutputException, FakeTensorMode
 
 # Dense peak TFLOP/s in 16 bits (V100 and T4 have float16 only) and in fp32 without TF32: the
 # vendors' data sheets, from memory; of the SXM version where there are several.
@@ -58,7 +59,17 @@ def flops(model: nn.Module, batch: Batch) -> Flops:
     shapes = {name: tensor.to("meta") for name, tensor in batch.items()}
     try:
         return _of_copy(imitate(model, "meta"), shapes)
-    except RuntimeError:  # its forward looks at values: such models are small
+    except RuntimeError:  # a forward that asks for its device, or looks at values
+        return _of_fake_or_real(model, batch)
+
+
+def _of_fake_or_real(model: nn.Module, batch: Batch) -> Flops:
+    """Of fake tensors, which have a device but no values, or of real ones."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            shapes = {name: torch.empty_like(x, device="cpu") for name, x in batch.items()}
+            return _of_copy(imitate(model, "cpu"), shapes)
+    except DataDependentOutputException:  # its forward looks at values: such models are small
         few = {name: _with_values(tensor[:2]) for name, tensor in batch.items()}
         return _of_copy(copy.deepcopy(model), few)
 

@@ -107,7 +107,7 @@ def test_an_evaluation_takes_the_run_of_an_older_version(
         if name in SECTIONS:
             old |= {old_names[f"{name}.{option}"]: inside for option, inside in value.items()}
         else:
-            old[old_names.get(name, name)] = value
+            old[str(old_names.get(name, name))] = value
     path.write_text(yaml.safe_dump(config | {"data": old}))
     assert run_cli("knn", "--encoder", run, "--out", tmp_path / "out") == 0
     assert run_cli("embed", "--encoder", run, "--out", tmp_path / "index.npz") == 0

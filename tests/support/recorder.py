@@ -144,6 +144,18 @@ def end_all() -> None:
         _started.pop().kill()
 
 
+# Of strategies that are not an overlay alone.
+STRATEGY_OPTIONS = {
+    "ddp": ["--trainer.strategy", "ddp"],
+    "zero3_offload": [
+        "-c",
+        "overlay/zero3",
+        "--trainer.strategy.init_args.offload",
+        "true",
+    ],
+}
+
+
 class Ranks:
     """The processes of one run.
 
@@ -173,11 +185,7 @@ class Ranks:
         words = [str(word) for word in argv]
         if world_size > 1 or strategy != "ddp":
             words += ["--trainer.devices", str(world_size)]
-            words += (
-                ["--trainer.strategy", "ddp"]
-                if strategy == "ddp"
-                else ["-c", f"overlay/{strategy}"]
-            )
+            words += STRATEGY_OPTIONS.get(strategy, ["-c", f"overlay/{strategy}"])
             words += map(str, settings)
         environment = {
             RECORDS: str(log),

@@ -208,7 +208,7 @@ def _of_file(path: Path, data: ShardData, changes: Counter[str]) -> Inputs:
 
 
 def _change(content: bytes, decoded: Tensor, cut: Tensor, data: ShardData) -> str:
-    """What was done to an image or a signal, in words; empty for nothing."""
+    """Changes made to an image or a signal, in words; empty for nothing."""
     size = "x".join(map(str, decoded.shape[1:]))
     cut_size = "x".join(map(str, cut.shape[1:]))
     taken_as = ("gray", "gray with alpha", "RGB", "RGBA")[min(data.channels, 4) - 1]

@@ -142,7 +142,7 @@ def read_index(path: Path) -> Embeddings:
 
 
 def data_of(bank: Embeddings) -> ShardData:
-    """How images were shown to the encoder of an index."""
+    """Settings with which images were shown to the encoder of an index."""
     view = translated(json.loads(bank.made)["data"])
     view["mean"] = tuple(view["mean"])
     view["std"] = tuple(view["std"])

@@ -59,7 +59,7 @@ def decode(data: bytes, channels: int, exif: bool = False) -> UInt8[Tensor, "c h
 
 
 def _is_sound_png(data: bytes) -> bool:
-    """Whether this is a small plain PNG, 8-bit gray or RGB, that leaves libpng nothing to fail on.
+    """True for a small plain PNG, 8-bit gray or RGB, that leaves libpng nothing to fail on.
 
     It holds IHDR, IDAT and IEND only, their checksums are right and all its rows are there.
     """

@@ -1,4 +1,4 @@
-"""What can be wrong with shards and samples: the kinds, and the list of a run, RUN/errors.csv."""
+"""Errors of shards and samples: the kinds, and the list of a run, RUN/errors.csv."""
 
 import csv
 import sys
@@ -113,7 +113,7 @@ class ErrorList:
             )
 
     def _read(self, file: IO[bytes]) -> None:
-        """What was appended since the last look."""
+        """Read the rows that were appended since the last look."""
         file.seek(self._read_to)
         text = StringIO(file.read().decode(errors="surrogateescape"), newline="")
         self._read_to = file.tell()
@@ -121,7 +121,7 @@ class ErrorList:
 
 
 def tolerated(samples: int, share: float) -> int:
-    """How many errors a run tolerates.
+    """Number of errors that a run tolerates.
 
     Raises:
         ValueError: a share that is not in [0, 1].

@@ -1,4 +1,4 @@
-"""What fine-tuning does to images besides crop and flip: RandAugment, random erasing, mixup and
+"""Augmentation of fine-tuning besides crop and flip: RandAugment, random erasing, mixup and
 cutmix, all of them timm's.
 
 timm draws from the global generators of Python, NumPy and torch, so each is seeded before each use:
@@ -129,7 +129,7 @@ class Augmentation:
 
     @property
     def mixes(self) -> bool:
-        """Whether labels become soft."""
+        """True where labels become soft."""
         return max(self.mixup, self.cutmix) > 0
 
     def apply(self, data: ShardData) -> None:
@@ -174,7 +174,7 @@ class Augmentation:
         return images, targets
 
     def describe(self) -> str:
-        """What is applied, in one line."""
+        """Describe in one line."""
         settings = {
             "RandAugment": self.randaugment,
             "erasing": self.erasing,

@@ -3,6 +3,9 @@
 The whole run is one Lightning epoch over a stream of micro-batches; epochs are counted by the
 order. That is what makes a resume exact: the position of the stream is the number of samples
 that the training loop consumed, and nothing else.
+
+Longer than other modules: half of it is the signature and its help, which are the section `data` of
+every configuration.
 """
 
 from collections.abc import Mapping
@@ -390,7 +393,7 @@ class ShardData(L.LightningDataModule):
             self._read_ahead.close()
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for the order to go on as if never stopped, as checkpoints hold it."""
+        """Settings that must be equal for the order to go on, as checkpoints hold them."""
         settings = self._order_settings
         return {
             "global_batch": self.global_batch,
@@ -435,7 +438,7 @@ class ShardData(L.LightningDataModule):
         return -(-state_dict["consumed"] // self.global_batch) * self.global_batch
 
     def changes(self, state_dict: dict[str, Any]) -> str:
-        """What differs from the stopped run, and with it the order; empty where nothing does."""
+        """Differences from the stopped run, and with it the order; empty where nothing does."""
         return resume.changes(state_dict, self._identity())
 
 

@@ -100,7 +100,7 @@ class EpochOrder:
         self._block = lru_cache(2 * self.streams)(self._permute_block)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is remembered does not travel to another process."""
+        """The caches do not travel to another process."""
         return {k: v for k, v in self.__dict__.items() if k not in ("_shards", "_block")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,7 +113,7 @@ class EpochOrder:
         return self.samples - self.length
 
     def describe(self) -> str:
-        """What an epoch leaves out or repeats."""
+        """Samples that an epoch leaves out or repeats."""
         if self.left_over > 0:
             return f"{self.left_over} left out of each epoch (no whole batch)"
         if self.left_over < 0:
@@ -247,7 +247,7 @@ class Mixture:
         self._source, self._draw = source[spread], draw[spread]
 
     def describe(self) -> str:
-        """How many of a batch come from each source."""
+        """Samples of a batch from each source."""
         parts = " + ".join(str(draws) for draws in self.draws)
         draws = self.steps_per_epoch * self.global_batch
         return f"a batch is {parts} of the sources, an epoch {draws:,} draws"

@@ -1,4 +1,4 @@
-"""What must be equal for a stopped run to go on with the samples that were due."""
+"""Settings that must be equal for a stopped run to go on with the samples that were due."""
 
 import zlib
 from typing import Any

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Crop:
-    """How an image is cut out.
+    """The cut of an image.
 
     Args:
         scale: area of the random crop as a share of the image; null resizes the whole image.

@@ -7,7 +7,7 @@ that were due. Positions, and with them crops and masks, are those of the exact 
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, cast
@@ -51,8 +51,17 @@ def unindexed_sources(patterns: str | list[str], allow_pipe: bool) -> list[str]:
 
 
 @dataclass(frozen=True)
+def _input_of(files: Iterable[str]) -> str:
+    """The extension of a sample's input: beside an image a text is its caption."""
+    inputs = [extension for extension in files if extension in INPUT_EXTENSIONS]
+    for extension in inputs:
+        if extension != "txt":
+            return extension
+    return inputs[0]
+
+
 class UnindexedOrder:
-    """What stands for an order: an epoch is a number of draws."""
+    """Stands for an order: an epoch is a number of draws."""
 
     global_batch: int
     samples_per_epoch: int
@@ -69,7 +78,7 @@ class UnindexedOrder:
         return self.samples_per_epoch // self.global_batch
 
     def describe(self) -> str:
-        """What a run prints."""
+        """A line for the start of a run."""
         return (
             f"an epoch is {self.samples_per_epoch:,} draws by webdataset's pipeline; "
             "exact resume is off"
@@ -131,8 +140,7 @@ class UnindexedBatches(IterableDataset[Batch]):
             place = key(self.seed, "plain", self.sampler.start, reader, turn)
             found = False
             for files in self._samples_of(order.tolist()[share], random.Random(place)):
-                inputs = [e for e in files if e in INPUT_EXTENSIONS]
-                extension = min(inputs, key="txt".__eq__)  # beside an image a text is its caption
+                extension = _input_of(files)
                 try:
                     decoded = self.pixels.decode(files[extension], extension)
                 except Unreadable as error:
@@ -196,5 +204,5 @@ class _Watched:
 
     @property
     def is_cut(self) -> bool:
-        """Whether an uncompressed tar ended without zeros."""
+        """True where an uncompressed tar ended without zeros."""
         return self.begin[257:262] == b"ustar" and any(self.end)

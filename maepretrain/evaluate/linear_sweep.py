@@ -37,7 +37,7 @@ class ScoredHead:
 
 
 class LinearSweep:
-    """How the heads of a linear probe are trained and chosen.
+    """Settings with which the heads of a linear probe are trained and chosen.
 
     Args:
         lrs: learning rates of Adam.

@@ -1,4 +1,4 @@
-"""What happened to runs: starts and restarts, errors in their data, losses that were not finite."""
+"""History of runs: starts and restarts, errors in their data, losses that were not finite."""
 
 from collections import Counter
 
@@ -56,7 +56,7 @@ def _state(record: Record) -> str:
 
 
 def errors(records: list[Record]) -> list[Element]:
-    """What was wrong with shards and samples, and micro-batches whose loss was not finite."""
+    """Errors of shards and samples, and micro-batches whose loss was not finite."""
     elements: list[Element] = []
     clean = []
     for record in records:

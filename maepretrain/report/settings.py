@@ -1,5 +1,5 @@
-"""What runs were configured with, what they applied, the versions that computed, and the commands
-that make them again."""
+"""Settings of runs: their configuration, what they applied, the versions that computed, and the
+commands that make them again."""
 
 import shlex
 
@@ -11,7 +11,7 @@ from maepretrain.runs.configuration import flat
 
 
 def applied(records: list[Record]) -> list[Element]:
-    """What each run printed before its first step."""
+    """Lines that each run printed before its first step."""
     known = [record for record in records if record.applied]
     elements: list[Element] = []
     if known:

@@ -2,7 +2,8 @@
 judged alike: reconstruction, linear probe, k-NN, fine-tuning on few labels.
 
 A run that has its figures is not made again: the command can be stopped at any time, called again,
-and called with more configs later.
+and called with more configs later. Longer than other modules: the verb's parser, its budget, the
+stages and the table belong to one loop.
 """
 
 import json
@@ -241,7 +242,7 @@ def _pretrain(options: list[str]) -> None:
 
 
 def _steps_within(cpu_seconds: float, options: list[str]) -> int:
-    """How many steps the budget is enough for.
+    """Number of steps that the budget is enough for.
 
     The cost of a step is the difference of two short runs, which leaves start-up out.
     """

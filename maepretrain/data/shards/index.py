@@ -68,7 +68,7 @@ class Shard:
         return self.url.partition("?")[0].rpartition("/")[2]
 
     def error_rows(self) -> list[ErrorRow]:
-        """What its index found wrong, a row for each sample."""
+        """Errors that its index lists, a row for each sample."""
         url = shown(self.url)
         return [ErrorRow(kind, url, key) for kind, keys in self.errors.items() for key in keys]
 

@@ -129,7 +129,7 @@ def _files(folder: Path, prefix: str = "", above: frozenset[Path] = frozenset())
 
 
 def _others(files: list[str], taken: tuple[str, ...]) -> str:
-    """How many files of which suffix are not taken."""
+    """Numbers of the files that are not taken, by suffix."""
     suffixes = (Path(path).suffix or "no suffix" for path in files)
     counts = Counter(s for s in suffixes if s.lower() not in taken)
     shown = ", ".join(f"{suffix}: {n}" for suffix, n in counts.most_common(5))
@@ -143,7 +143,7 @@ def _key(path: str) -> str:
 
 
 def _digest(path: str) -> str:
-    """What tells `a.jpg` and `a.png`, or `a.b.jpg` and `a_b.jpg`, apart."""
+    """A digest that tells `a.jpg` and `a.png`, or `a.b.jpg` and `a_b.jpg`, apart."""
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
 
 

@@ -76,7 +76,7 @@ class Columns:
 
     @classmethod
     def unpacked(cls, data: bytes, samples: int) -> "Columns":
-        """What `packed` gave.
+        """Columns from the bytes of `packed`.
 
         Raises:
             ValueError: bytes of another number of samples.

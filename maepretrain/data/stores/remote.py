@@ -48,7 +48,7 @@ class _Missing(ShardError):
 
 
 def is_remote(url: str) -> bool:
-    """Whether `url` is fetched: `https://h/a.tar` yes, `/a.tar` and `file:///a.tar` no."""
+    """True where `url` is fetched: `https://h/a.tar` yes, `/a.tar` and `file:///a.tar` no."""
     return bool(re.match(r"(?!file:)[a-z][a-z0-9+.-]*://", url, re.IGNORECASE))
 
 
@@ -63,13 +63,13 @@ def without_secrets(url: str) -> str:
 
 
 def shown(url: str) -> str:
-    """What messages and lists say of a shard: a remote address without user, password and query."""
+    """Name of a shard in messages and lists: a remote address without user, password and query."""
     return without_secrets(url) if is_remote(url) else url
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a store says of a file, and its bytes from `start` on.
+    """Answer of a store about a file, and its bytes from `start` on.
 
     `start` is 0 where the store cannot start later; `tag` differs between versions of the file, and
     is empty where the store does not say.
@@ -83,7 +83,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Remote:
-    """How stores are asked; pickles to workers and serves forked ones.
+    """Access to stores; pickles to workers and serves forked ones.
 
     Args:
         timeout: seconds without any byte from a store before a try counts as failed.

@@ -111,7 +111,7 @@ class SemanticHashing(nn.Module):
 
 
 def hamming(query: Bool[Tensor, "q d"], bank: Bool[Tensor, "n d"]) -> Int64[Tensor, "q n"]:
-    """How many bits differ between each query and each sample of the bank."""
+    """Number of bits that differ between each query and each sample of the bank."""
     a = query.float()
     b = bank.float()
     # Bits that are 1 on one side only; float32 counts exactly up to 2^24.

@@ -1,4 +1,4 @@
-"""How a model begins: initial values as in the official code, arguments that are kept."""
+"""Beginning of a model: initial values as in the official code, arguments that are kept."""
 
 import inspect
 from collections.abc import Callable

@@ -182,7 +182,9 @@ class ShardData(L.LightningDataModule):
         if len(size) != 2:
             raise ValueError(f"image_size {image_size} must be a side, [height, width] or [length]")
         height, width = size
-        self.augment = Augment(height, width, crop.scale, crop.ratio, crop.flip)
+        self.augment = Augment(
+            height=height, width=width, scale=crop.scale, ratio=crop.ratio, flip=crop.flip
+        )
         val_share = crop.val_share
         if val_share is None:
             val_share = 1.0 if crop.scale is None else 0.875

@@ -50,7 +50,6 @@ def unindexed_sources(patterns: str | list[str], allow_pipe: bool) -> list[str]:
     return urls
 
 
-@dataclass(frozen=True)
 def _input_of(files: Iterable[str]) -> str:
     """The extension of a sample's input: beside an image a text is its caption."""
     inputs = [extension for extension in files if extension in INPUT_EXTENSIONS]
@@ -60,6 +59,7 @@ def _input_of(files: Iterable[str]) -> str:
     return inputs[0]
 
 
+@dataclass(frozen=True)
 class UnindexedOrder:
     """Stands for an order: an epoch is a number of draws."""
 

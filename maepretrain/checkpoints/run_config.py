@@ -99,7 +99,7 @@ def read_model_config(run: Path) -> tuple[ArgumentParser, Namespace]:
             {
                 "seed": config.get("seed", 0),
                 "data": {name: data[name] for name in ("image_size", "channels")},
-                "model": _with_present_paths(config["model"]),
+                "model": with_present_paths(config["model"]),
             }
         )
         alone = ArgumentParser(exit_on_error=False)
@@ -109,13 +109,13 @@ def read_model_config(run: Path) -> tuple[ArgumentParser, Namespace]:
         raise ValueError(f"{run} is no pretraining run: {error}") from error
 
 
-def _with_present_paths(section: Any) -> Any:
+def with_present_paths(section: Any) -> Any:
     """A section of the configuration with the present class paths."""
     if isinstance(section, list):
-        return [_with_present_paths(value) for value in section]
+        return [with_present_paths(value) for value in section]
     if not isinstance(section, dict):
         return section
-    inside = {key: _with_present_paths(value) for key, value in section.items()}
+    inside = {key: with_present_paths(value) for key, value in section.items()}
     path = inside.get("class_path")
     if isinstance(path, str) and path.startswith("maepretrain."):
         inside["class_path"] = present_path(path)

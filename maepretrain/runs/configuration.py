@@ -4,6 +4,7 @@ from typing import Any
 
 import yaml
 
+from maepretrain.checkpoints.run_config import with_present_paths
 from maepretrain.data.settings import translated
 
 # Options of a resume itself.
@@ -49,7 +50,7 @@ def changes_of_experiment(before: str, now: str) -> list[str]:
 
 def _leaves(text: str) -> dict[str, Any]:
     """All values of a configuration by path, under the names that this version has."""
-    config = yaml.safe_load(text) or {}
+    config = with_present_paths(yaml.safe_load(text) or {})
     if config.get("data"):
         config["data"] = translated(config["data"])
     return flat(config)

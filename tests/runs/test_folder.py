@@ -155,3 +155,17 @@ def test_metrics_go_on_after_the_resumed_step(tmp_path: Path) -> None:
     second.log_metrics({"loss": 20.0, "new": 1.0}, 2)
     rows = (tmp_path / "metrics.csv").read_text().split()
     assert rows == ["loss,new,step", "0.0,,0", "1.0,,1", "20.0,1.0,2"]
+
+
+def test_names_of_an_older_version_are_no_changes() -> None:
+    """A job that always resumes goes on with a run from before classes and options moved."""
+    before = (
+        "model:\n  class_path: maepretrain.models.mae.MaskedAutoencoder\n"
+        "data:\n  max_faults: 0.001\n  scale: [0.2, 1.0]\n"
+    )
+    now = (
+        "model:\n  class_path: maepretrain.models.mae.model.MaskedAutoencoder\n"
+        "data:\n  max_errors: 0.001\n  crop:\n    scale: [0.2, 1.0]\n"
+    )
+    assert changes(before, now) == []
+    assert changes(before, now.replace("0.001", "0.1")) == ["data.max_errors: 0.001 -> 0.1"]
